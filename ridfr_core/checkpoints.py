@@ -1,0 +1,116 @@
+"""Read weight files, recognise what they hold, and say in one sentence what is wrong with them."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# kind -> (what it is, where to get one)
+KINDS = {
+    "identity-adapter": (
+        "an IP-Adapter FaceID-Plus identity adapter",
+        "use ip-adapter-faceid-plusv2_sd15.bin of h94/IP-Adapter-FaceID on Hugging Face, or the nano models of this pack",
+    ),
+    "ip-adapter": ("an IP-Adapter without the FaceID-Plus projection", "see tencent-ailab/IP-Adapter"),
+    "content-controlnet": (
+        "a RIDFR content ControlNet (7 input channels, no hint encoder)",
+        "train one, or use the nano models of this pack: nobody has published the paper's weights",
+    ),
+    "controlnet": ("an ordinary ControlNet", "load it with the Load ControlNet Model node"),
+    "sd-checkpoint": ("a Stable Diffusion checkpoint", "load it with the Load Checkpoint node"),
+    "lora": ("a LoRA", "load it with the Load LoRA node"),
+    "unknown": ("no layout this pack knows", ""),
+}
+
+
+class CheckpointError(ValueError):
+    """A weight file that can't be used; the message is one sentence a user can act on."""
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors or PyTorch file, which is told by its content.
+
+    Nested dicts are flattened with dots and a `state_dict` wrapper is dropped; values that are not tensors are left out.
+    Pickles are read weights-only, so code in them never runs. The metadata of a pickle is empty.
+    Raises CheckpointError: not found, not a weight file, cut short, or a pickle that holds more than weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"'{path}' does not exist: check the path, or put the file there.")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":  # safetensors: eight bytes of header size, then JSON
+        return _read_safetensors(path)
+    if head.startswith((b"PK", b"\x80")):  # torch's zip format; its older bare pickle
+        return _read_pickle(path), {}
+    raise CheckpointError(
+        f"'{path.name}' is neither safetensors nor a PyTorch file (an unfinished download, a saved web page or a Git LFS "
+        "pointer can look like this): download it again."
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = file.keys()
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"'{path.name}' is damaged or cut short ({error}): download it again.") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"'{path.name}' holds more than weights, and code in it could run when it is read, so it was refused: "
+            "use a safetensors version of it."
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise CheckpointError(f"'{path.name}' is damaged or cut short: download it again.") from error
+    return flatten(content.get("state_dict", content) if isinstance(content, Mapping) else {})
+
+
+def flatten(nested: Mapping) -> dict[str, Tensor]:
+    """{"a": {"b": tensor}} -> {"a.b": tensor}; values that are not tensors are left out."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}.{k}": v for k, v in flatten(value).items()})
+        elif isinstance(value, Tensor):
+            flat[str(key)] = value
+    return flat
+
+
+def kind_of(state_dict: Mapping[str, Tensor]) -> str:
+    """The key of KINDS that fits the tensors, by their names and shapes alone."""
+
+    def has(*parts: str) -> bool:
+        return any(part in key for key in state_dict for part in parts)
+
+    if has("ip_adapter."):
+        return "identity-adapter" if has("image_proj.perceiver_resampler.") else "ip-adapter"
+    if has("zero_convs.0.0.", "controlnet_down_blocks.0."):
+        hint = has("input_hint_block.", "controlnet_cond_embedding.")
+        return "controlnet" if hint or _controlnet_channels(state_dict) != 7 else "content-controlnet"
+    if has("model.diffusion_model."):
+        return "sd-checkpoint"
+    if has("lora_down.", "lora.down.", "lora_A.", "_lora.down."):
+        return "lora"
+    return "unknown"
+
+
+def _controlnet_channels(state_dict: Mapping[str, Tensor]) -> int | None:
+    names = ("input_blocks.0.0.weight", "control_model.input_blocks.0.0.weight", "conv_in.weight")
+    return next((state_dict[name].shape[1] for name in names if name in state_dict), None)
+
+
+def expect(state_dict: Mapping[str, Tensor], kind: str, name: str) -> None:
+    """Raise CheckpointError unless the tensors of the file called `name` are of `kind` (a key of KINDS)."""
+    found = kind_of(state_dict)
+    if found != kind:
+        wanted, where = KINDS[kind]
+        raise CheckpointError(f"'{name}' holds {KINDS[found][0]}, but this needs {wanted}: {where}.")
