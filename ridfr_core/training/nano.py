@@ -1,0 +1,113 @@
+"""Train the nano bundle from nothing: `ridfr train nano [STAGE ...]`.
+
+Each stage loads or trains the networks it builds on, goes on where it was if it was interrupted, and writes its weights
+into `ridfr_core/nano/weights/`. A newer network makes those trained on it stale: remove their checkpoints
+(`WORK/NAME.pt`) to train them again.
+"""
+
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..content import controlnet_to_ldm
+from ..layouts import unet_to_ldm, vae_to_ldm
+from ..nano import WEIGHTS
+from ..nano.config import CLIP_VISION, HEADS, PREDICTION
+from ..recognition import load_iresnet
+from . import nano_diffusion, nano_figures, nano_vae, nano_vision
+from .portrait_data import portrait_set
+
+PEOPLE, VIEWS = 3000, 10
+RECOGNISER = WEIGHTS / "insightface" / "models" / "nano" / "rec_nano.onnx"
+
+
+class NanoTraining:
+    """The diffusion stages; each network is trained, or loaded from its finished run, when it is first asked for."""
+
+    def __init__(self, work: Path):
+        self.work = work
+
+    @cached_property
+    def portraits(self):
+        return portrait_set(self.work, "train", PEOPLE, VIEWS)
+
+    @cached_property
+    def vae(self):
+        return nano_vae.train(self.work, self.portraits)
+
+    @cached_property
+    def vision(self):
+        return nano_vision.train(self.work, self.portraits)
+
+    @cached_property
+    def unet(self):
+        material = nano_diffusion.Material(self.portraits, self.vae, None, None)
+        return nano_diffusion.train_base(self.work, material)
+
+    @cached_property
+    def content(self):
+        material = nano_diffusion.Material(self.portraits, self.vae, None, None)
+        return nano_diffusion.train_content(self.work, material, self.unet)
+
+    @cached_property
+    def material(self):
+        return nano_diffusion.Material(self.portraits, self.vae, self.vision, load_iresnet(RECOGNISER))
+
+    @cached_property
+    def adapter(self):
+        return nano_diffusion.train_adapter(self.work, self.material, self.unet)
+
+    def export_checkpoint(self) -> None:
+        """UNet, VAE and text encoder as one file in SD1.5's layout, half precision.
+
+        Of the text encoder only the last norm is stored: gain 0 and a constant, so that every prompt says the same.
+        """
+        tensors = {f"model.diffusion_model.{k}": v for k, v in unet_to_ldm(self.unet.state_dict()).items()}
+        tensors |= {f"first_stage_model.{k}": v for k, v in vae_to_ldm(self.vae.state_dict()).items()}
+        says, norm = nano_diffusion.empty_prompt(1)[0, 0], "cond_stage_model.transformer.text_model.final_layer_norm"
+        tensors |= {f"{norm}.weight": torch.zeros_like(says), f"{norm}.bias": says}
+        config = {"heads": HEADS, "prediction": PREDICTION}
+        save("checkpoint.safetensors", tensors, {"ridfr.config": json.dumps(config)})
+
+    def export_vision(self) -> None:
+        save("clip_vision.safetensors", self.vision.state_dict(), {})
+        (WEIGHTS / "clip_vision.json").write_text(json.dumps({"model_type": "clip_vision_model", **CLIP_VISION}, indent=2))
+
+    def export_content(self) -> None:
+        save("content_controlnet.safetensors", controlnet_to_ldm(self.content.state_dict()),
+             nano_diffusion.SPEC.to_metadata())
+
+    def export_adapter(self) -> None:
+        save("identity_adapter.safetensors", self.adapter.state_dict(), {})
+
+
+STAGES = {
+    "vae": lambda nano: nano.vae,
+    "vision": lambda nano: nano.export_vision(),
+    "base": lambda nano: nano.export_checkpoint(),
+    "content": lambda nano: nano.export_content(),
+    "adapter": lambda nano: nano.export_adapter(),
+    "figures": lambda nano: nano_figures.write(nano, nano.work),
+}
+
+
+def save(name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Half-precision safetensors in the bundle, whole or not at all."""
+    path = WEIGHTS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({k: v.detach().half().contiguous() for k, v in tensors.items()}, partial, metadata)
+    os.replace(partial, path)
+
+
+def train(stages: list[str], work: Path, threads: int) -> None:
+    """Run the named stages in their order (all of them if none is named)."""
+    torch.set_num_threads(threads)
+    nano = NanoTraining(work)
+    for name in stages or STAGES:
+        STAGES[name](nano)

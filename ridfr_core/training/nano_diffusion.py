@@ -1,0 +1,245 @@
+"""The nano diffusion stages: base UNet, identity adapter, content ControlNet, and their finetuning on pairs.
+
+Everything that stays fixed (latents, embeddings, CLIP features) is computed ahead, once; low-quality faces are made at
+every step. The networks are diffusers' own, so what is trained here has the layout of the real models.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..adapter import IdentityAdapter, decoupled_attention
+from ..content import ContentSpec, prepare_lq
+from ..degradation import DegradationRange, degrade
+from ..faces import align
+from ..nano.config import ADAPTER, CLIP_VISION, CONTEXT, LATENT_SCALE, PREDICTION, SCHEDULE, UNET
+from ..recognition import embed
+from . import nano_vision
+from .loop import Recipe, Run
+from .portrait_data import PortraitSet
+
+BASE = Recipe(steps=4000, batch=32, lr=8e-4)
+ADAPT = Recipe(steps=3000, batch=32, lr=5e-4)
+CONTENT = Recipe(steps=3000, batch=32, lr=5e-4)
+
+SEVERE = DegradationRange(sigma=(2.0, 4.0), ratio=(6.0, 10.0), noise=(5.0, 15.0), quality=(40, 80))
+SPEC = ContentSpec(value_range="-1..1", kernel="area")
+
+
+def schedule():
+    """SD's noise schedule as a diffusers DDPMScheduler."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(**SCHEDULE, prediction_type=PREDICTION, clip_sample=False)
+
+
+def empty_prompt(batch: int) -> Tensor:
+    """What nano's text encoder says, whatever the prompt: the same vector at each place, so one place is enough."""
+    vector = torch.randn(CONTEXT, generator=torch.Generator().manual_seed(0))
+    return vector.expand(batch, 1, -1)
+
+
+def build_unet() -> nn.Module:
+    """An untrained diffusers UNet2DConditionModel of the nano dimensions."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+
+    unet = UNet2DConditionModel(**UNET)
+    unet.set_attn_processor(AttnProcessor())  # at 256 places and less, plain matrix products beat the fused kernel
+    return unet
+
+
+def build_content(unet: nn.Module) -> nn.Module:
+    """RIDFR's content module: the UNet's encoder with three more input channels, which start at zero."""
+    from diffusers import ControlNetModel
+
+    dims = {k: v for k, v in UNET.items() if k != "sample_size"}
+    net = ControlNetModel(**dims, in_channels=7)
+    net.controlnet_cond_embedding = NoHint()
+    weights = {k: v for k, v in unet.state_dict().items() if k in net.state_dict()}
+    weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, 3))
+    net.load_state_dict(weights, strict=False)
+    net.set_attn_processor(next(iter(unet.attn_processors.values())))
+    return net
+
+
+class NoHint(nn.Module):
+    """Stands where ControlNet encodes its hint: here the hint is already in the input's channels."""
+
+    def forward(self, hint: Tensor) -> Tensor:
+        return hint
+
+
+class IdentityAttention:
+    """diffusers attention processor for RIDFR Eq. 3: text attention plus attention to K', V' of the identity.
+
+    K', V' are not computed here but handed in through `cross_attention_kwargs={"identity": [(K', V'), ...]}`, one pair
+    per layer, in the order of the checkpoints.
+    """
+
+    def __init__(self, layer: int):
+        self.layer = layer
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, identity=None):
+        q, heads = attn.to_q(hidden_states), attn.heads
+        k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        out = decoupled_attention(torch.zeros_like(q), q, k, v, heads, 1.0)
+        if identity is not None:
+            out = decoupled_attention(out, q, *identity[self.layer], heads, 1.0)
+        return attn.to_out[0](out)
+
+
+class PlainAttention:
+    """diffusers attention processor that ignores the identity (self-attention)."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, identity=None):
+        from diffusers.models.attention_processor import AttnProcessor
+
+        return AttnProcessor()(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
+def let_identity_in(unet: nn.Module) -> nn.Module:
+    """Give every cross-attention its place in the adapter: down, up, then mid, as IP-Adapter counts."""
+    names = [name for name in unet.attn_processors if "attn2" in name]
+    places = {name: IdentityAttention(k) for k, name in enumerate(names)}
+    unet.set_attn_processor({name: places.get(name) or PlainAttention() for name in unet.attn_processors})
+    return unet
+
+
+def build_adapter(unet: nn.Module) -> IdentityAdapter:
+    """An untrained identity adapter for the nano UNet; K', V' start as the UNet's own K, V, as in IP-Adapter."""
+    state = unet.state_dict()
+    names = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
+    adapter = IdentityAdapter(channels=[len(state[f"{name}.to_k.weight"]) for name in names], **ADAPTER)
+    with torch.no_grad():
+        for layer, name in zip(adapter.ip_adapter.values(), names):
+            layer.to_k_ip.weight.copy_(state[f"{name}.to_k.weight"])
+            layer.to_v_ip.weight.copy_(state[f"{name}.to_v.weight"])
+    return adapter
+
+
+class Material:
+    """Portraits and what the frozen networks say of them, computed when first asked for and cached on disk."""
+
+    def __init__(self, portraits: PortraitSet, vae: nn.Module, vision: nn.Module, recogniser: nn.Module):
+        self.portraits, self.vae, self.vision, self.recogniser = portraits, vae, vision, recogniser
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """[N,4,16,16] at unit variance."""
+        return self.portraits.feature("latents", self.vae, lambda images, _: latents_of(self.vae, images))
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """Unit ArcFace embeddings [N,512]."""
+        return self.portraits.feature(
+            "embeddings", self.recogniser, lambda images, points: embed(self.recogniser, align(images, points))
+        )
+
+    @cached_property
+    def clip(self) -> Tensor:
+        """CLIP features [N,65,128] of the aligned faces."""
+        return self.portraits.feature(
+            "clip", self.vision, lambda images, points: nano_vision.features(self.vision, images, points)
+        )
+
+    @cached_property
+    def clip_zero(self) -> Tensor:
+        """CLIP features [65,128] of nobody: the zero image after normalisation, as diffusers and IP-Adapter have it."""
+        size = CLIP_VISION["image_size"]
+        with torch.no_grad():
+            return nano_vision.hidden_states(self.vision, torch.zeros(1, 3, size, size))[0]
+
+    def rows(self, recipe: Recipe, generator: torch.Generator) -> Tensor:
+        return torch.randint(len(self.portraits), (recipe.batch,), generator=generator)
+
+    def lq(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Severely degraded portraits at latent size, in the content module's value range [B,3,16,16]."""
+        damage = SEVERE.draw(len(rows), generator)
+        lq = degrade(self.portraits.batch(rows), **damage, generator=generator)
+        return prepare_lq(lq, self.latents.shape[-2:], SPEC)
+
+    def identity(self, rows: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+        """(embeddings, CLIP features) of these portraits; where `drop` is true, of nobody."""
+        return (torch.where(drop[:, None], 0.0, self.embeddings[rows].float()),
+                torch.where(drop[:, None, None], self.clip_zero, self.clip[rows].float()))
+
+
+def latents_of(vae: nn.Module, images: Tensor) -> Tensor:
+    """Latents [B,4,H/8,W/8] at unit variance of images in [0,1]."""
+    return vae.encode(images * 2 - 1).latent_dist.mode() * LATENT_SCALE
+
+
+class Noised:
+    """A batch of latents on their way to noise: z_t, t, and the target the UNet should predict."""
+
+    def __init__(self, latents: Tensor, noise_schedule, generator: torch.Generator):
+        noise = torch.randn(latents.shape, generator=generator)
+        self.t = torch.randint(noise_schedule.config.num_train_timesteps, (len(latents),), generator=generator)
+        self.z = noise_schedule.add_noise(latents, noise, self.t)
+        self.target = noise_schedule.get_velocity(latents, noise, self.t)
+
+
+def predict(unet, content, noised: Noised, lq: Tensor | None = None, identity=None) -> Tensor:
+    """The UNet's prediction with either, both or none of the two conditions."""
+    context, residuals = empty_prompt(len(noised.z)), {}
+    if lq is not None:
+        both = SPEC.concat(noised.z, lq)
+        down, mid = content(both, noised.t, context, torch.zeros(()), return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    kwargs = {} if identity is None else {"identity": identity}
+    return unet(noised.z, noised.t, context, cross_attention_kwargs=kwargs, **residuals).sample
+
+
+def train_base(run_folder, material: Material, recipe: Recipe = BASE) -> nn.Module:
+    """The unconditional prior over portraits, nano's "Stable Diffusion"."""
+    torch.manual_seed(recipe.seed)
+    unet, noise_schedule = build_unet(), schedule()
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = material.rows(recipe, generator)
+        noised = Noised(material.latents[rows].float(), noise_schedule, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            guess = predict(unet, None, noised)
+        return F.mse_loss(guess.float(), noised.target)
+
+    Run(run_folder, "base", unet, recipe).train(loss)
+    return unet.requires_grad_(False).eval()
+
+
+def train_adapter(run_folder, material: Material, unet: nn.Module, recipe: Recipe = ADAPT) -> IdentityAdapter:
+    """IP-Adapter's training: every portrait is its own reference, UNet frozen, identity dropped now and then."""
+    torch.manual_seed(recipe.seed)
+    adapter, noise_schedule = build_adapter(unet), schedule()
+    let_identity_in(unet)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = material.rows(recipe, generator)
+        drop = torch.rand(recipe.batch, generator=generator) < 0.1
+        noised = Noised(material.latents[rows].float(), noise_schedule, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = adapter.tokens(*material.identity(rows, drop), shortcut=True)
+            guess = predict(unet, None, noised, identity=adapter.keys_values(tokens))
+        return F.mse_loss(guess.float(), noised.target)
+
+    Run(run_folder, "adapter", adapter, recipe).train(loss)
+    return adapter.requires_grad_(False).eval()
+
+
+def train_content(run_folder, material: Material, unet: nn.Module, recipe: Recipe = CONTENT) -> nn.Module:
+    """RIDFR Eq. 2: the content module learns to restore without any identity; the UNet is frozen."""
+    torch.manual_seed(recipe.seed)
+    content, noise_schedule = build_content(unet), schedule()
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = material.rows(recipe, generator)
+        lq = material.lq(rows, generator)
+        noised = Noised(material.latents[rows].float(), noise_schedule, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            guess = predict(unet, content, noised, lq)
+        return F.mse_loss(guess.float(), noised.target)
+
+    Run(run_folder, "content", content, recipe).train(loss)
+    return content.requires_grad_(False).eval()

@@ -1,0 +1,94 @@
+"""Portraits rendered ahead of training and kept on disk, and what the frozen networks say of them."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..nano.config import PORTRAIT
+from ..nano.portraits import SPLITS, render
+
+CHUNK = 250
+
+
+@dataclass(frozen=True)
+class PortraitSet:
+    """`people` x `views` portraits, person-major: row = person * views + view.
+
+    images: uint8 [N,3,S,S] (memory-mapped); landmarks: [N,5,2] pixels.
+    """
+
+    folder: Path
+    people: int
+    views: int
+    images: np.ndarray
+    landmarks: Tensor
+
+    def __len__(self) -> int:
+        return self.people * self.views
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """Portraits [B,3,S,S] in [0,1]."""
+        return torch.from_numpy(self.images[rows.numpy()]).float() / 255
+
+    def feature(self, name: str, net: nn.Module, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What `compute(images, landmarks)` gives for every portrait, as float16 [N,...].
+
+        Computed once for the weights of `net`, the network that `compute` runs.
+        """
+        path = self.folder / f"{name}-{fingerprint(net)}.npy"
+        if not path.exists():
+            parts = []
+            with torch.inference_mode():
+                for rows in torch.arange(len(self)).split(CHUNK):
+                    parts.append(compute(self.batch(rows), self.landmarks[rows]).half())
+            _write(path, lambda file: np.save(file, torch.cat(parts).numpy()))
+        return torch.from_numpy(np.load(path))
+
+
+def fingerprint(net: nn.Module) -> str:
+    """Eight hex digits of a network's weights."""
+    digest = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()[:8]
+
+
+def portrait_set(work: Path, split: str, people: int, views: int, first_view: int = 0) -> PortraitSet:
+    """The first `people` of a split in `views` views each, rendered on first use.
+
+    Args:
+        work: folder for the cache (about 49 kB a portrait).
+        split: a key of `SPLITS`.
+    """
+    folder = work / f"portraits-{split}-{people}x{views}-from{first_view}"
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, points = folder / "images.npy", folder / "landmarks.npy"
+    if not points.exists():
+        _render(pictures, points, SPLITS[split].start, people, views, first_view)
+    return PortraitSet(folder, people, views, np.load(pictures, mmap_mode="r"), torch.from_numpy(np.load(points)))
+
+
+def _render(pictures: Path, points: Path, start: int, people: int, views: int, first_view: int) -> None:
+    shape = (people * views, 3, PORTRAIT, PORTRAIT)
+    images = np.lib.format.open_memmap(pictures, mode="w+", dtype=np.uint8, shape=shape)
+    landmarks = []
+    for rows in torch.arange(people * views).split(CHUNK):
+        portraits = render(start + rows // views, first_view + rows % views, size=PORTRAIT)
+        images[rows[0] : rows[-1] + 1] = (portraits.image * 255).round().byte().numpy()
+        landmarks.append(portraits.landmarks)
+    images.flush()
+    _write(points, lambda file: np.save(file, torch.cat(landmarks).float().numpy()))
+
+
+def _write(path: Path, write: Callable) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        write(file)
+    os.replace(partial, path)
