@@ -1,0 +1,21 @@
+"""The ComfyUI nodes of RIDFR."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .identity import ApplyIdentity, CompareIdentity, ExtractIdentity
+from .images import ColorFix, DegradeFace, NanoPortraits
+from .loaders import LoadContentControlNet, LoadFaceModel, LoadIdentityAdapter, LoadNanoModels
+from .paths import register_folders
+
+
+class RIDFRExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadNanoModels, LoadFaceModel, LoadIdentityAdapter, LoadContentControlNet, ExtractIdentity, ApplyIdentity,
+                CompareIdentity, DegradeFace, ColorFix, NanoPortraits]
+
+
+async def comfy_entrypoint() -> RIDFRExtension:
+    return RIDFRExtension()

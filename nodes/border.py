@@ -1,0 +1,47 @@
+"""ComfyUI's IMAGE [B,H,W,C] to ridfr_core's images [B,3,H,W] and back, with the checks that all nodes share."""
+
+import torch
+from torch import Tensor
+
+SMALLEST_PHOTO = 32  # px of the shorter side: no detector finds a face in less
+
+
+def to_core(image: Tensor, what: str) -> Tensor:
+    """[B,H,W,C] -> float32 RGB [B,3,H,W]; grey is repeated, an alpha channel is left out.
+
+    Raises ValueError naming the image by `what` and its number (from 1) for NaN or infinite pixels.
+    """
+    channels = image.shape[-1]
+    image = image[..., :3] if channels >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
+    for number, finite in enumerate(torch.isfinite(image).flatten(1).all(1).tolist(), 1):
+        if not finite:
+            raise ValueError(f"{what.capitalize()} {number} has pixels that are not numbers (NaN or infinite): "
+                             "look at the node that made it, often a VAE in half precision.")
+    return image.movedim(-1, 1).float().contiguous()
+
+
+def to_photos(image: Tensor, what: str) -> Tensor:
+    """`to_core` for images in which a face is looked for: none may be empty, tiny or completely black."""
+    if image.shape[0] == 0:
+        raise ValueError(f"There is no {what}: connect at least one image.")
+    height, width = image.shape[1:3]
+    if min(height, width) < SMALLEST_PHOTO:
+        raise ValueError(f"{what.capitalize()} 1 has only {width}x{height} pixels: a face needs at least {SMALLEST_PHOTO}.")
+    photos = to_core(image, what)
+    for number, brightest in enumerate(photos.flatten(1).amax(1).tolist(), 1):
+        if brightest <= 0:
+            raise ValueError(f"{what.capitalize()} {number} is completely black: connect a photo with a face.")
+    return photos
+
+
+def to_comfy(images: Tensor) -> Tensor:
+    """[B,3,H,W] -> [B,H,W,3] in [0,1]."""
+    return images.movedim(1, -1).clamp(0, 1).contiguous().cpu()
+
+
+def same_batch(a: Tensor, b: Tensor, what_a: str, what_b: str) -> tuple[Tensor, Tensor]:
+    """Two batches of equal length; a single image is repeated. Raises ValueError for any other pair of lengths."""
+    if len(a) != len(b) and 1 not in (len(a), len(b)):
+        raise ValueError(f"{what_a} has {len(a)} images and {what_b} has {len(b)}: give both the same number, or one.")
+    size = max(len(a), len(b))
+    return a.expand(size, -1, -1, -1), b.expand(size, -1, -1, -1)

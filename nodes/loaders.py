@@ -1,0 +1,121 @@
+"""Nodes that load models. None of them runs a network."""
+
+import comfy.ops
+from comfy_api.latest import io
+
+from ..ridfr_core import checkpoints
+from ..ridfr_core.adapter import IdentityAdapter
+from ..ridfr_core.content import ContentSpec, controlnet_to_ldm
+from ..ridfr_core.face_model import load_face_model
+from . import nano, paths, types
+from .content_control import content_control
+from .managed import ManagedAdapter, ManagedFaceModel, managed
+
+
+class LoadNanoModels(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RIDFR_LoadNanoModels",
+            display_name="Load Nano Models",
+            category=types.CATEGORY,
+            description="Loads the small practice models that come with this pack: no download, no graphics card. They "
+                        "know drawn portraits of 128x128 pixels only, and text prompts mean nothing to them. For real "
+                        "photos use a checkpoint loader and the real models instead.",
+            search_aliases=["nano checkpoint", "embedded models", "demo models", "tiny model"],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The network that removes noise; goes to the sampler."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoder. Leave prompts empty with nano models."),
+                io.Vae.Output(display_name="vae", tooltip="Turns pictures into latents and back."),
+                io.ClipVision.Output(display_name="clip_vision", tooltip="Describes a reference photo for Extract Identity."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*nano.load_checkpoint(), nano.load_clip_vision())
+
+
+class LoadFaceModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RIDFR_LoadFaceModel",
+            display_name="Load Face Model",
+            category=types.CATEGORY,
+            description="Loads the models that find a face and recognise whose it is: an insightface folder such as "
+                        "buffalo_l or antelopev2 in models/insightface/models. 'nano' comes with this pack and knows "
+                        "drawn portraits only.",
+            search_aliases=["insightface", "arcface", "face detection", "face recognition", "antelopev2", "buffalo_l"],
+            inputs=[
+                io.Combo.Input("pack", options=paths.face_models(), default=paths.NANO, display_name="face model",
+                               tooltip="The folder to load. Use the same one that the identity adapter was made for: "
+                                       "buffalo_l for FaceID adapters. 'nano_judge' is for Compare Identity only."),
+            ],
+            outputs=[types.FaceModel.Output(display_name="face_model",
+                                            tooltip="Goes to Extract Identity and Compare Identity.")],
+        )
+
+    @classmethod
+    def execute(cls, pack: str) -> io.NodeOutput:
+        model = load_face_model(paths.face_model_folder(pack))
+        return io.NodeOutput(ManagedFaceModel(model, managed(model.recogniser)))
+
+
+class LoadIdentityAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RIDFR_LoadIdentityAdapter",
+            display_name="Load Identity Adapter",
+            category=types.CATEGORY,
+            description="Loads a FaceID Plus or PlusV2 adapter from models/ipadapter: the network that tells the "
+                        "diffusion model whose face to draw.",
+            search_aliases=["ip-adapter faceid", "ipadapter", "faceid plusv2", "identity model"],
+            inputs=[
+                io.Combo.Input("file", options=paths.model_files("ipadapter"), default=paths.NANO,
+                               display_name="adapter file",
+                               tooltip="The adapter must be made for the same family as the model: SD1.5 or SDXL. "
+                                       "'nano' goes with the nano models."),
+                io.Combo.Input("version", options=["auto", "plus v2", "plus"], default="auto",
+                               tooltip="FaceID Plus and PlusV2 files look alike inside. 'auto' goes by the file's name "
+                                       "and takes PlusV2 in doubt; choose one if you know better."),
+            ],
+            outputs=[types.IdentityAdapter.Output(display_name="adapter", tooltip="Goes to Apply Identity.")],
+        )
+
+    @classmethod
+    def execute(cls, file: str, version: str) -> io.NodeOutput:
+        path = paths.model_file("ipadapter", file)
+        state, _ = checkpoints.read(path)
+        checkpoints.expect(state, "identity-adapter", path.name)
+        adapter = IdentityAdapter.from_state_dict(state, operations=comfy.ops.manual_cast)
+        plus_v1 = version == "plus" or version == "auto" and "faceid-plus_" in path.name.lower()
+        return io.NodeOutput(ManagedAdapter(path.name, adapter, not plus_v1, managed(adapter)))
+
+
+class LoadContentControlNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RIDFR_LoadContentControlNet",
+            display_name="Load Content ControlNet",
+            category=types.CATEGORY,
+            description="Loads the ControlNet that keeps pose, expression and light of the degraded face. Apply it with "
+                        "the stock 'Apply ControlNet' node; its image is the degraded face itself.",
+            search_aliases=["ridfr controlnet", "restoration controlnet", "lq controlnet", "face restore"],
+            inputs=[
+                io.Combo.Input("file", options=paths.model_files("controlnet"), default=paths.NANO,
+                               display_name="ControlNet file",
+                               tooltip="A content ControlNet in models/controlnet (7 input channels). Others, such as "
+                                       "canny or depth, are loaded by the stock loader. 'nano' goes with the nano models."),
+            ],
+            outputs=[io.ControlNet.Output(display_name="control_net", tooltip="Goes to the stock Apply ControlNet node.")],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        path = paths.model_file("controlnet", file)
+        state, metadata = checkpoints.read(path)
+        checkpoints.expect(state, "content-controlnet", path.name)
+        return io.NodeOutput(content_control(controlnet_to_ldm(state), ContentSpec.from_metadata(metadata)))

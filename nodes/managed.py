@@ -1,0 +1,45 @@
+"""ridfr_core networks in the care of ComfyUI's model management, which loads, unloads and counts them."""
+
+from dataclasses import dataclass
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ..ridfr_core.adapter import IdentityAdapter
+from ..ridfr_core.face_model import FaceModel
+from ..ridfr_core.recognition import embed
+
+
+def managed(network: nn.Module) -> ModelPatcher:
+    return ModelPatcher(network, load_device=comfy.model_management.get_torch_device(),
+                        offload_device=comfy.model_management.unet_offload_device())
+
+
+def loaded(patcher: ModelPatcher) -> torch.device:
+    """Have the network on its compute device; returns that device."""
+    comfy.model_management.load_models_gpu([patcher])
+    return patcher.load_device
+
+
+@dataclass(frozen=True)
+class ManagedFaceModel:
+    """What a RIDFR_FACE_MODEL wire carries."""
+
+    model: FaceModel
+    patcher: ModelPatcher
+
+    def embed(self, crops: Tensor) -> Tensor:
+        """Unit embeddings [B,512] of aligned crops [B,3,112,112] in [0,1]."""
+        return embed(self.model.recogniser, crops.to(loaded(self.patcher))).cpu()
+
+
+@dataclass(frozen=True)
+class ManagedAdapter:
+    """What a RIDFR_IDENTITY_ADAPTER wire carries. shortcut: the projection's forward is PlusV2's, not Plus's."""
+
+    name: str
+    adapter: IdentityAdapter
+    shortcut: bool
+    patcher: ModelPatcher

@@ -1,0 +1,91 @@
+"""The nano networks as ComfyUI's own MODEL, CLIP, VAE and CLIP_VISION.
+
+The checkpoint has SD1.5's single-file layout at small width. ComfyUI's detection knows the published widths only, so the
+objects are built here from the same classes, without adding to its table of models.
+"""
+
+import re
+
+import comfy.clip_vision
+import comfy.model_detection
+import comfy.model_management as management
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_base import ModelType
+from comfy.model_patcher import CoreModelPatcher
+from torch import Tensor
+
+from ..ridfr_core import checkpoints
+from ..ridfr_core.nano import WEIGHTS
+from ..ridfr_core.nano.config import CLIP_VISION, HEADS, PREDICTION
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+TEXT = "cond_stage_model.transformer.text_model."
+PREDICTIONS = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
+
+
+class NanoSD15(comfy.supported_models.SD15):
+    unet_extra_config = {"num_heads": HEADS, "num_head_channels": -1}
+
+    def model_type(self, state_dict, prefix=""):
+        return PREDICTIONS[PREDICTION]
+
+
+def load_checkpoint() -> tuple[CoreModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    state, _ = checkpoints.read(WEIGHTS / "checkpoint.safetensors")
+    config = NanoSD15(comfy.model_detection.detect_unet_config(state, UNET))
+    clip, vae = _text_encoder(config, state), _vae(state)
+    return _diffusion_model(config, state), clip, vae
+
+
+def load_clip_vision() -> comfy.clip_vision.ClipVisionModel:
+    state, _ = checkpoints.read(WEIGHTS / "clip_vision.safetensors")
+    vision = comfy.clip_vision.ClipVisionModel({**CLIP_VISION, "num_channels": 3, "model_type": "clip_vision_model"})
+    vision.load_sd(state)
+    return vision
+
+
+def _diffusion_model(config: NanoSD15, state: dict[str, Tensor]) -> CoreModelPatcher:
+    device = management.get_torch_device()
+    dtypes = config.supported_inference_dtypes
+    dtype = management.unet_dtype(model_params=comfy.utils.calculate_parameters(state, UNET), supported_dtypes=dtypes,
+                                  weight_dtype=comfy.utils.weight_dtype(state, UNET))
+    config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, dtypes))
+    model = config.get_model(state, UNET, device=management.unet_offload_device())
+    patcher = CoreModelPatcher(model, load_device=device, offload_device=management.unet_offload_device())
+    model.load_model_weights(state, UNET, assign=patcher.is_dynamic())
+    return patcher
+
+
+def _text_encoder(config: NanoSD15, state: dict[str, Tensor]) -> comfy.sd.CLIP:
+    """CLIP without layers. The file has its last norm alone, of gain 0, so every prompt becomes that norm's bias."""
+    width = len(state[f"{TEXT}final_layer_norm.bias"])
+    text = config.process_clip_state_dict({
+        **state,
+        f"{TEXT}embeddings.token_embedding.weight": torch.zeros(49408, width),
+        f"{TEXT}embeddings.position_embedding.weight": torch.zeros(77, width),
+    })
+    size = {"hidden_size": width, "projection_dim": width, "num_hidden_layers": 0}
+    return comfy.sd.CLIP(config.clip_target(), embedding_directory=folder_paths.get_folder_paths("embeddings"),
+                         tokenizer_data=text, state_dict=text, model_options={"clip_l_model_config": size})
+
+
+def _vae(state: dict[str, Tensor]) -> comfy.sd.VAE:
+    vae = comfy.utils.state_dict_prefix_replace(dict(state), {VAE: ""}, filter_keys=True)
+    width = vae["encoder.conv_in.weight"].shape[0]
+    levels = _count(vae, r"encoder\.down\.(\d+)\.")
+    shape = {
+        "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "dropout": 0.0,
+        "attn_resolutions": [], "ch": width,
+        "ch_mult": [vae[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] // width for i in range(levels)],
+        "num_res_blocks": _count(vae, r"encoder\.down\.0\.block\.(\d+)\."),
+    }
+    return comfy.sd.VAE(sd=vae, config={"params": {"ddconfig": shape, "embed_dim": 4}})
+
+
+def _count(state: dict[str, Tensor], pattern: str) -> int:
+    return len({match[1] for key in state if (match := re.match(pattern, key))})

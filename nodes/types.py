@@ -1,0 +1,9 @@
+"""Wire types that ComfyUI has no stock type for."""
+
+from comfy_api.latest import io
+
+FaceModel = io.Custom("RIDFR_FACE_MODEL")
+Identity = io.Custom("RIDFR_IDENTITY")
+IdentityAdapter = io.Custom("RIDFR_IDENTITY_ADAPTER")
+
+CATEGORY = "RIDFR"
