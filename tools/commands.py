@@ -1,0 +1,86 @@
+"""The commands of `python3 -m tools`; each gets the arguments after its name and returns the exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from . import cache
+from .environment import Bed, prepare, write_lock
+from .server import PACK, Server, device_flags, link_pack
+from .steps import say
+
+
+def demo(arguments: list[str]) -> int:
+    """Restore six people's faces in a real ComfyUI and write a contact sheet (--sheet FILE)."""
+    bed = prepare()
+    return become([bed.python, "-m", "tools.demo", "--tree", bed.tree, "--base", base_directory(), *arguments])
+
+
+def serve(arguments: list[str]) -> int:
+    """Start ComfyUI with the pack, for the editor; further arguments go to ComfyUI."""
+    bed, base = prepare(), base_directory()
+    link_pack(base)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    say("starting ComfyUI")
+    with Server(bed.python, bed.tree, base, [*device_flags(bed.python), *arguments]) as server:
+        say(f"ComfyUI is at {server.url}; Ctrl-C stops it")
+        say(f"the pack's graphs are under Templates, {PACK}; models go to {base / 'models'}")
+        try:
+            return server.process.wait()
+        except KeyboardInterrupt:
+            say("stopping ComfyUI")
+    return 0
+
+
+def test(arguments: list[str]) -> int:
+    """Run the test suite; further arguments go to pytest."""
+    bed = prepare(tests=True)
+    os.environ.update(RIDFR_COMFYUI=str(bed.tree), RIDFR_COMFYUI_OLDEST=str(bed.oldest))
+    return become([bed.python, "-m", "pytest", *arguments])
+
+
+def lint(arguments: list[str]) -> int:
+    """Check the style with ruff."""
+    return become([prepare().python, "-m", "ruff", "check", *(arguments or ["."])])
+
+
+def setup(_: list[str]) -> int:
+    """Set up what the other commands need, and say where."""
+    bed: Bed = prepare(tests=True)
+    say(f"ready: {bed.python} runs ComfyUI in {bed.tree}")
+    return 0
+
+
+def lock(_: list[str]) -> int:
+    """Resolve the test bed's requirements anew into tools/lock.txt."""
+    write_lock()
+    return 0
+
+
+def clean_cache(_: list[str]) -> int:
+    """Remove all that was set up on this machine."""
+    cache.clean()
+    return 0
+
+
+def base_directory() -> Path:
+    """ComfyUI's base directory (models, input, output, custom_nodes) of this checkout."""
+    return cache.cache() / f"base-{cache.key_of(str(cache.CHECKOUT))}"
+
+
+def become(command: list) -> int:
+    """Run `command` in the checkout in this process's place, so that signals reach it and its code is ours."""
+    command = [str(part) for part in command]
+    os.chdir(cache.CHECKOUT)
+    if os.name == "posix":
+        os.execv(command[0], command)
+    signal.signal(signal.SIGINT, lambda *_: None)  # Windows has no exec: the child answers Ctrl-C, this waits for it
+    return subprocess.call(command)
+
+
+COMMANDS = {"demo": demo, "serve": serve, "test": test, "lint": lint, "setup": setup, "lock": lock,
+            "clean-cache": clean_cache}

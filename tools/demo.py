@@ -1,0 +1,139 @@
+"""The demo: workflows/ridfr_nano.json through a real server, and a contact sheet of what came out."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cache import CHECKOUT
+from .server import Client, PromptError, Server, device_flags, link_pack
+from .steps import StepError, say
+
+WORKFLOW = CHECKOUT / "workflows" / "ridfr_nano.json"
+SHEET = CHECKOUT / "output" / "ridfr_nano.png"
+COLUMNS = {"lq": "LQ", "blind": "blind", "ridfr": "RIDFR", "truth": "ground truth", "reference": "reference"}
+SIMILARITIES = {"Similarity: LQ": "LQ", "Similarity: blind": "blind", "Similarity: RIDFR": "RIDFR",
+                "Similarity: reference": "reference"}
+
+
+@dataclass(frozen=True)
+class Results:
+    images: dict[str, list[dict]]  # column -> the server's entry of each person's picture
+    similarity: dict[str, list[float]]  # column -> each person's similarity to the ground truth
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="ridfr demo", description=__doc__)
+    parser.add_argument("--tree", type=Path, required=True, help="ComfyUI's folder")
+    parser.add_argument("--base", type=Path, required=True, help="the server's base directory")
+    parser.add_argument("--sheet", type=Path, default=SHEET, help="the picture to write (default: %(default)s)")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then, too
+    try:
+        demo(options.tree, options.base, options.sheet)
+    except (StepError, PromptError) as error:
+        sys.exit(f"ridfr: {error}" if isinstance(error, StepError) else f"ridfr: Running the graph failed: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ridfr: interrupted; the server is stopped")
+
+
+def demo(tree: Path, base: Path, sheet: Path) -> None:
+    from PIL import Image
+
+    began = time.monotonic()
+    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    link_pack(base)
+    say("starting ComfyUI")
+    with Server(sys.executable, tree, base, device_flags(sys.executable)) as server, Client(server.url) as client:
+        graph = to_api(workflow, client.object_info())
+        say(f"running {WORKFLOW.name} on {server.url}")
+        outputs = client.run(graph, Progress(graph))["outputs"]
+        results = collect(workflow, graph, outputs)
+        pictures = {column: [Image.open(io.BytesIO(client.image(entry))).convert("RGB") for entry in entries]
+                    for column, entries in results.images.items()}
+    draw(pictures, results.similarity, sheet)
+    print(table(results.similarity))
+    say(f"contact sheet: {sheet} ({time.monotonic() - began:.0f} s)")
+
+
+def to_api(workflow: dict, object_info: dict) -> dict:
+    """The editor's format to the one that /prompt takes, as the editor would do it."""
+    from comfy_cli.workflow_to_api import convert_ui_to_api
+
+    if missing := sorted({node["type"] for node in workflow["nodes"]} - object_info.keys() - {"Note", "MarkdownNote"}):
+        raise StepError("Reading the workflow", f"this ComfyUI has no node {', '.join(missing)}",
+                        "Look in the server's log for why the pack did not load.")
+    return convert_ui_to_api(workflow, object_info)
+
+
+def collect(workflow: dict, graph: dict, outputs: dict) -> Results:
+    """Sort a prompt's outputs into the sheet's columns: pictures by SaveImage's prefix, similarities by title."""
+    images = {}
+    for node, api in graph.items():
+        if api["class_type"] == "SaveImage":
+            images[COLUMNS[api["inputs"]["filename_prefix"].rpartition("/")[2]]] = outputs[node]["images"]
+    titles = {node.get("title"): str(node["id"]) for node in workflow["nodes"]}
+    similarity = {column: outputs[titles[title]]["similarity"] for title, column in SIMILARITIES.items()}
+    return Results({column: images[column] for column in COLUMNS.values()}, similarity)
+
+
+def table(similarity: dict[str, list[float]]) -> str:
+    """Each person's similarity to the ground truth, a column each, and the mean."""
+    def row(name: str, values: list[float]) -> str:
+        return f"{name:<10}" + "".join(f"{value:>12.3f}" for value in values)
+
+    people = zip(*similarity.values(), strict=True)
+    means = [sum(values) / len(values) for values in similarity.values()]
+    return "\n".join(["ID similarity to the ground truth", " " * 10 + "".join(f"{name:>12}" for name in similarity),
+                      *(row(f"person {n}", values) for n, values in enumerate(people, 1)), row("mean", means)])
+
+
+def draw(pictures: dict, similarity: dict[str, list[float]], sheet: Path) -> None:
+    sys.path.insert(0, str(CHECKOUT))
+    from ridfr_core.contact_sheet import contact_sheet
+
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(pictures, similarity, "RIDFR nano: people never seen in training").save(sheet)
+
+
+class Progress:
+    """A bar that follows a prompt's websocket messages; a line per node where the output is no terminal."""
+
+    def __init__(self, graph: dict, width: int = 30):
+        self._names = {node: api["class_type"] for node, api in graph.items()}
+        self._done: set[str] = set()
+        self._width, self._shown = width, ""
+
+    def __call__(self, kind: str, data: dict) -> None:
+        if kind == "execution_cached":
+            self._done.update(data["nodes"])
+        elif kind == "progress_state":
+            for node, state in data["nodes"].items():
+                if state["state"] == "finished":
+                    self._done.add(node)
+                elif state["state"] == "running":
+                    self._show(node, state["value"] / max(state["max"], 1))
+        elif kind == "execution_success":
+            self._done.update(self._names)
+            self._show("", 0)
+            print(flush=True)
+
+    def _show(self, node: str, part: float) -> None:
+        share = min(1.0, (len(self._done) + part) / len(self._names))
+        name = self._names.get(node, "done")
+        if sys.stdout.isatty():
+            filled = round(share * self._width)
+            print(f"\r[{'#' * filled}{'.' * (self._width - filled)}] {share:4.0%} {name:<40.40}", end="", flush=True)
+        elif name != self._shown:
+            print(f"[{share:4.0%}] {name}", flush=True)
+        self._shown = name
+
+
+if __name__ == "__main__":
+    main()
