@@ -1,7 +1,7 @@
 """Identity injection: the IP-Adapter FaceID-Plus / PlusV2 projection and decoupled cross-attention.
 
-Classes and parameter names follow the published checkpoints (tencent-ailab/IP-Adapter, `ip_adapter_faceid.py`), so their
-tensors load as they are. V1 and V2 have the same tensors; V2 is V1 with `shortcut` on, which RIDFR describes.
+Parameter names follow the published checkpoints (tencent-ailab/IP-Adapter, `ip_adapter_faceid.py`), so their tensors
+load as they are. V1 and V2 have the same tensors; V2 is V1 with `shortcut` on, which RIDFR describes.
 """
 
 from collections.abc import Mapping
@@ -165,7 +165,8 @@ class IdentityAdapter(nn.Module):
 
 def sizes_of(weights: Mapping[str, Tensor]) -> dict:
     """Constructor arguments of the IdentityAdapter that flat checkpoint tensors belong to."""
-    dim, clip_dim = weights["image_proj.perceiver_resampler.proj_in.weight"].shape
+    resampler = "image_proj.perceiver_resampler."
+    dim, clip_dim = weights[resampler + "proj_in.weight"].shape
     keys = sorted((key for key in weights if key.endswith(".to_k_ip.weight")), key=lambda key: int(key.split(".")[1]))
     return {
         "channels": tuple(weights[key].shape[0] for key in keys),
@@ -173,7 +174,7 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict:
         "clip_dim": clip_dim,
         "id_dim": weights["image_proj.proj.0.weight"].shape[1],
         "tokens": weights["image_proj.proj.2.weight"].shape[0] // dim,
-        "depth": len({key.split(".")[3] for key in weights if key.startswith("image_proj.perceiver_resampler.layers.")}),
+        "depth": len({key.split(".")[3] for key in weights if key.startswith(resampler + "layers.")}),
     }
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 KINDS = {
     "identity-adapter": (
         "an IP-Adapter FaceID-Plus identity adapter",
-        "use ip-adapter-faceid-plusv2_sd15.bin of h94/IP-Adapter-FaceID on Hugging Face, or the nano models of this pack",
+        "get ip-adapter-faceid-plusv2_sd15.bin of h94/IP-Adapter-FaceID on Hugging Face, or use this pack's nano models",
     ),
     "ip-adapter": ("an IP-Adapter without the FaceID-Plus projection", "see tencent-ailab/IP-Adapter"),
     "content-controlnet": (
         "a RIDFR content ControlNet (7 input channels, no hint encoder)",
-        "train one, or use the nano models of this pack: nobody has published the paper's weights",
+        "nobody has published the paper's, so train one, or use this pack's nano models",
     ),
     "controlnet": ("an ordinary ControlNet", "load it with the Load ControlNet Model node"),
     "sd-checkpoint": ("a Stable Diffusion checkpoint", "load it with the Load Checkpoint node"),
@@ -33,7 +33,7 @@ class CheckpointError(ValueError):
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors or PyTorch file, which is told by its content.
 
-    Nested dicts are flattened with dots and a `state_dict` wrapper is dropped; values that are not tensors are left out.
+    Nested dicts are flattened with dots, a `state_dict` wrapper is dropped, values that are not tensors are left out.
     Pickles are read weights-only, so code in them never runs. The metadata of a pickle is empty.
     Raises CheckpointError: not found, not a weight file, cut short, or a pickle that holds more than weights.
     """
@@ -47,8 +47,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if head.startswith((b"PK", b"\x80")):  # torch's zip format; its older bare pickle
         return _read_pickle(path), {}
     raise CheckpointError(
-        f"'{path.name}' is neither safetensors nor a PyTorch file (an unfinished download, a saved web page or a Git LFS "
-        "pointer can look like this): download it again."
+        f"'{path.name}' is neither safetensors nor a PyTorch file (an unfinished download, a saved web page or a Git "
+        "LFS pointer can look like this): download it again."
     )
 
 
@@ -58,7 +58,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             keys = file.keys()
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except SafetensorError as error:
-        raise CheckpointError(f"'{path.name}' is damaged or cut short ({error}): download it again.") from error
+        raise CheckpointError(f"'{path.name}' is damaged or cut short: download it again.") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"'{path.name}' holds more than weights, and code in it could run when it is read, so it was refused: "
             "use a safetensors version of it."
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:  # what torch raises differs with where the file ends
         raise CheckpointError(f"'{path.name}' is damaged or cut short: download it again.") from error
     return flatten(content.get("state_dict", content) if isinstance(content, Mapping) else {})
 

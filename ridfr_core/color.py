@@ -24,7 +24,7 @@ def wavelet_transfer(content: Tensor, style: Tensor, levels: int = 5) -> Tensor:
 
 
 def adain_transfer(content: Tensor, style: Tensor) -> Tensor:
-    """`content` with the mean and standard deviation of `style`, per image and channel (Huang and Belongie 2017, Eq. 8).
+    """`content` with the mean and standard deviation of `style`, per image and channel (Huang & Belongie 2017, Eq. 8).
 
     Args: content [B,C,H,W], style [B,C,h,w], any range. Returns [B,C,H,W], not clamped; a flat channel takes the mean.
     """

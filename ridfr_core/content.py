@@ -1,4 +1,4 @@
-"""Content injection of RIDFR (section 3.2): the LQ image joins the noisy latent as plain pixels, in a 7-channel ControlNet."""
+"""Content injection (RIDFR section 3.2): the LQ image joins the noisy latent as pixels, in a 7-channel ControlNet."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +15,7 @@ CHOICES = {
     "value_range": ("-1..1", "0..1"),
     "kernel": ("bicubic", "bilinear", "area", "nearest-exact"),
     "order": ("z,lq", "lq,z"),
+    "base": ("sd15", "nano"),
     "kind": ("pixel",),
 }
 
@@ -65,9 +66,13 @@ def prepare_lq(image: Tensor, size: tuple[int, int], spec: ContentSpec) -> Tenso
 
 
 def controlnet_to_ldm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers ControlNetModel without its hint encoder -> ldm ControlNet keys; any width and number of levels."""
+    """diffusers ControlNetModel without its hint encoder -> ldm ControlNet keys; any width and number of levels.
+
+    Keys that are in the ldm layout already only lose the prefix `control_model.`, which some files have.
+    """
     out = {}
     for key, weight in unet_to_ldm(state_dict).items():
+        key = key.removeprefix("control_model.")
         if key.startswith("controlnet_down_blocks."):
             _, i, parameter = key.split(".")
             key = f"zero_convs.{i}.0.{parameter}"

@@ -26,7 +26,7 @@ class DegradationRange:
         """Arguments of `degrade` for `n` images, each [n]; the first ones don't depend on `n`."""
         low, high = torch.tensor([self.sigma, self.ratio, self.noise, self.quality]).T
         drawn = low + (high - low) * torch.stack([torch.rand(4, generator=generator) for _ in range(n)])
-        return dict(zip(("sigma", "ratio", "noise", "quality"), drawn.unbind(1)))
+        return dict(zip(("sigma", "ratio", "noise", "quality"), drawn.unbind(1), strict=True))
 
 
 def degrade(
@@ -54,11 +54,10 @@ def degrade(
     Raises ValueError: smaller than 32x32, NaN or infinite values.
     """
     _check(image)
-    batch = len(image)
-    parameters = [torch.as_tensor(p, dtype=torch.float32).expand(batch).tolist() for p in (sigma, ratio, noise, quality)]
-    seeds = torch.randint(2**62, (batch,), generator=generator).tolist()
-    lq = [_degrade_one(one, *p, seed, subsampling) for one, *p, seed in zip(image.float().cpu(), *parameters, seeds)]
-    return torch.stack(lq).to(image.device)
+    seeds = torch.randint(2**62, (len(image),), generator=generator)
+    parameters = [torch.as_tensor(p).expand(len(image)).tolist() for p in (sigma, ratio, noise, quality, seeds)]
+    each = zip(image.float().cpu(), *parameters, strict=True)
+    return torch.stack([_degrade_one(*one, subsampling) for one in each]).to(image.device)
 
 
 def _degrade_one(

@@ -80,18 +80,18 @@ def test_vae_computes_the_same(comfy, widths, layers):
             up_block_types=("UpDecoderBlock2D",) * len(widths),
         )
     )
-    ddconfig = dict(
-        double_z=True,
-        z_channels=4,
-        resolution=32,
-        in_channels=3,
-        out_ch=3,
-        ch=widths[0],
-        ch_mult=[width // widths[0] for width in widths],
-        num_res_blocks=layers,
-        attn_resolutions=[],
-        dropout=0.0,
-    )
+    ddconfig = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 32,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": layers,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
     theirs = ComfyVAE(ddconfig=ddconfig, embed_dim=4).eval()
     theirs.load_state_dict(vae_to_ldm(ours.state_dict()))
     image = torch.rand(2, 3, 32, 32) * 2 - 1

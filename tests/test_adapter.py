@@ -1,0 +1,179 @@
+import pytest
+import torch
+
+from ridfr_core.adapter import BASES, IdentityAdapter, IdentityProjection, decoupled_attention, lora_of
+from ridfr_core.checkpoints import CheckpointError
+from ridfr_core.layouts import unet_to_ldm
+
+PLACES = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
+SIZES = {
+    "SD1.5": {
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "block_out_channels": (32, 64, 96, 96),
+        "attention_head_dim": 8,
+    },
+    "SDXL": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (32, 64, 96),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (2, 4, 6),
+    },
+}
+
+
+def relative_error(got, want):
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def random_weights(module, seed=0):
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.5)
+    return module.eval()
+
+
+def published_projection_keys():
+    """The 56 tensors of a published FaceID-Plus `image_proj`, written out."""
+    resampler = "perceiver_resampler."
+    both = ["proj.0", "proj.2", "norm", resampler + "proj_in", resampler + "proj_out", resampler + "norm_out"]
+    both += [f"{resampler}layers.{i}.{name}" for i in range(4) for name in ("0.norm1", "0.norm2", "1.0")]
+    weights = [f"{resampler}layers.{i}.0.{name}" for i in range(4) for name in ("to_q", "to_kv", "to_out")]
+    weights += [f"{resampler}layers.{i}.1.{j}" for i in range(4) for j in (1, 3)]
+    return {f"{key}.{kind}" for key in both for kind in ("weight", "bias")} | {f"{key}.weight" for key in weights}
+
+
+@pytest.mark.parametrize(("dim", "clip_dim"), [(128, 128), (768, 1280)])
+@pytest.mark.parametrize("shortcut", [False, True])
+@torch.inference_mode()
+def test_projection_matches_diffusers(dim, clip_dim, shortcut):
+    """diffusers converts the published keys and computes on its own classes."""
+    from diffusers.loaders.unet import UNet2DConditionLoadersMixin
+
+    ours = random_weights(IdentityProjection(dim, clip_dim))
+    theirs = UNet2DConditionLoadersMixin()._convert_ip_adapter_image_proj_to_diffusers(
+        ours.state_dict(), low_cpu_mem_usage=False
+    )
+    embedding, clip = torch.nn.functional.normalize(torch.randn(2, 512), dim=1), torch.randn(2, 33, clip_dim)
+    theirs.clip_embeds, theirs.shortcut, theirs.shortcut_scale = clip[:, None], shortcut, 0.7
+    got = ours(embedding, clip, shortcut, s_scale=0.7)
+    assert got.shape == (2, 4, dim)
+    assert relative_error(got, theirs(embedding)) < 1e-5
+
+
+def test_projection_has_the_published_keys():
+    keys = published_projection_keys()
+    assert len(keys) == 56
+    assert set(IdentityProjection(128, 128).state_dict()) == keys
+
+
+def test_published_size():
+    """33.58M parameters for SD1.5."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in IdentityProjection().parameters()) == pytest.approx(33.58e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.6, torch.tensor([0.0, 1.0, 0.3]).view(3, 1, 1)])
+def test_decoupled_attention_is_equation_3(scale):
+    torch.manual_seed(1)
+    text, q = torch.randn(3, 10, 32), torch.randn(3, 10, 32)
+    k, v = torch.randn(3, 4, 32), torch.randn(3, 4, 32)
+    want = text.double().clone()
+    for b in range(3):
+        for head in range(4):
+            columns = slice(8 * head, 8 * head + 8)
+            weights = (q[b, :, columns].double() @ k[b, :, columns].double().T / 8**0.5).softmax(-1)
+            factor = scale if isinstance(scale, float) else scale[b].double()
+            want[b, :, columns] += factor * (weights @ v[b, :, columns].double())
+    assert relative_error(decoupled_attention(text, q, k, v, 4, scale), want) < 1e-6
+
+
+@torch.inference_mode()
+def test_a_layer_matches_diffusers_with_one_identity_per_image():
+    from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
+
+    processor = IPAdapterAttnProcessor2_0(64, 32, num_tokens=(4,), scale=0.8)
+    layer = random_weights(Attention(query_dim=64, cross_attention_dim=32, heads=4, dim_head=16, processor=processor))
+    x, text, tokens = torch.randn(3, 16, 64), torch.randn(3, 7, 32), torch.randn(3, 4, 32)
+    want = layer(x, (text, [tokens[:, None]]))
+
+    layer.set_processor(type("Projected", (), {"__call__": lambda _, attn, x, text: attn.to_q(x)})())
+    q = layer.to_q(x)
+    text_out = decoupled_attention(torch.zeros_like(q), q, layer.to_k(text), layer.to_v(text), 4, 1.0)
+    k_id, v_id = processor.to_k_ip[0](tokens), processor.to_v_ip[0](tokens)
+    got = layer.to_out[0](decoupled_attention(text_out, q, k_id, v_id, 4, 0.8))
+    assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("base", ["SD1.5", "SDXL"])
+def test_layers_are_where_the_checkpoint_order_puts_them(base):
+    """Published order is diffusers' `attn_processors`; ComfyUI's place follows from the ldm key of the same layer."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=64, **SIZES[base])
+    ldm = dict(zip(unet.state_dict(), unet_to_ldm(unet.state_dict()), strict=True))
+    widths, places = [], []
+    for name in unet.attn_processors:
+        if ".attn2." in name:
+            key = name.replace("processor", "to_k.weight")
+            block, number, *_, index = ldm[key].split(".attn2")[0].split(".")
+            places.append((PLACES[block], 0 if block == "middle_block" else int(number), int(index)))
+            widths.append(unet.get_parameter(key).shape[0])
+    with torch.device("meta"):
+        adapter = IdentityAdapter(widths, dim=64, clip_dim=64)
+    assert adapter.base == base
+    assert list(adapter.layers) == places
+
+
+def checkpoint(lora=False):
+    adapter = random_weights(IdentityAdapter(range(64, 64 + 16 * 8, 8), dim=128, clip_dim=96, depth=2))
+    state = adapter.state_dict()
+    if lora:
+        state |= {f"ip_adapter.{n}.to_q_lora.down.weight": torch.zeros(2, 64) for n in range(32)}
+    return adapter, state
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@torch.inference_mode()
+def test_loads_a_checkpoint(nested):
+    adapter, state = checkpoint(lora=True)
+    state = dict(sorted(state.items()))  # a file's order: "ip_adapter.11" before "ip_adapter.3"
+    if nested:
+        parts = [(key.split(".", 1), weight) for key, weight in state.items()]
+        state = {top: {key: w for (head, key), w in parts if head == top} for top in ("image_proj", "ip_adapter")}
+    loaded = IdentityAdapter.from_state_dict(state)
+    assert loaded.cross_attention_dim == 128
+    assert loaded.channels == tuple(range(64, 64 + 16 * 8, 8))
+    assert len(lora_of(state)) == 32
+    embedding, clip = torch.randn(2, 512), torch.randn(2, 9, 96)
+    tokens = loaded.tokens(embedding, clip, shortcut=True)
+    assert torch.equal(tokens, adapter.tokens(embedding, clip, shortcut=True))
+    pairs = loaded.keys_values(tokens)
+    for n, (k, v) in enumerate(pairs):
+        flat = adapter.state_dict()
+        assert torch.equal(k, tokens @ flat[f"ip_adapter.{2 * n + 1}.to_k_ip.weight"].T)
+        assert torch.equal(v, tokens @ flat[f"ip_adapter.{2 * n + 1}.to_v_ip.weight"].T)
+
+
+@torch.inference_mode()
+def test_each_image_has_its_own_identity():
+    adapter, _ = checkpoint()
+    embedding, clip = torch.randn(3, 512), torch.randn(3, 9, 96)
+    batch = adapter.tokens(embedding, clip)
+    for i in range(3):
+        assert relative_error(batch[i : i + 1], adapter.tokens(embedding[i : i + 1], clip[i : i + 1])) < 1e-5
+    assert relative_error(batch[:1], batch[1:2]) > 0.1
+
+
+def test_half_precision_files_compute_in_single():
+    _, state = checkpoint()
+    loaded = IdentityAdapter.from_state_dict({key: weight.half() for key, weight in state.items()})
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_another_base_is_refused():
+    with pytest.raises(CheckpointError, match="has 5 cross-attention layers, but SD1.5 has 16 and SDXL 70"):
+        IdentityAdapter([64] * 5, dim=128, clip_dim=96)
+    assert [len(layers) for layers in BASES.values()] == [16, 70]
