@@ -13,8 +13,18 @@ class RIDFRExtension(ComfyExtension):
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadNanoModels, LoadFaceModel, LoadIdentityAdapter, LoadContentControlNet, ExtractIdentity, ApplyIdentity,
-                CompareIdentity, DegradeFace, ColorFix, NanoPortraits]
+        return [
+            LoadNanoModels,
+            LoadFaceModel,
+            LoadIdentityAdapter,
+            LoadContentControlNet,
+            ExtractIdentity,
+            ApplyIdentity,
+            CompareIdentity,
+            DegradeFace,
+            ColorFix,
+            NanoPortraits,
+        ]
 
 
 async def comfy_entrypoint() -> RIDFRExtension:

@@ -15,8 +15,10 @@ def to_core(image: Tensor, what: str) -> Tensor:
     image = image[..., :3] if channels >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
     for number, finite in enumerate(torch.isfinite(image).flatten(1).all(1).tolist(), 1):
         if not finite:
-            raise ValueError(f"{what.capitalize()} {number} has pixels that are not numbers (NaN or infinite): "
-                             "look at the node that made it, often a VAE in half precision.")
+            raise ValueError(
+                f"{what.capitalize()} {number} has pixels that are not numbers (NaN or infinite): "
+                "look at the node that made it, often a VAE in half precision."
+            )
     return image.movedim(-1, 1).float().contiguous()
 
 
@@ -26,7 +28,9 @@ def to_photos(image: Tensor, what: str) -> Tensor:
         raise ValueError(f"There is no {what}: connect at least one image.")
     height, width = image.shape[1:3]
     if min(height, width) < SMALLEST_PHOTO:
-        raise ValueError(f"{what.capitalize()} 1 has only {width}x{height} pixels: a face needs at least {SMALLEST_PHOTO}.")
+        raise ValueError(
+            f"{what.capitalize()} 1 has only {width}x{height} pixels: a face needs at least {SMALLEST_PHOTO}."
+        )
     photos = to_core(image, what)
     for number, brightest in enumerate(photos.flatten(1).amax(1).tolist(), 1):
         if brightest <= 0:

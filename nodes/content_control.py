@@ -27,7 +27,7 @@ class PixelConcatNet(comfy.cldm.cldm.ControlNet):
         h = self.spec.concat(x, comfy.utils.repeat_to_batch_size(hint, len(x)))
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         output = []
-        for block, zero_conv in zip(self.input_blocks, self.zero_convs):
+        for block, zero_conv in zip(self.input_blocks, self.zero_convs, strict=True):
             h = block(h, emb, context)
             output.append(zero_conv(h, emb, context))
         h = self.middle_block(h, emb, context)
@@ -41,11 +41,18 @@ def content_control(state: dict[str, Tensor], spec: ContentSpec) -> comfy.contro
     manual_cast = management.unet_manual_cast(dtype, device)
     config = comfy.model_detection.detect_unet_config(state, "")
     del config["out_channels"]
-    net = PixelConcatNet(spec, **config, num_heads=HEADS[spec.base], dtype=dtype, device=management.unet_offload_device(),
-                         operations=comfy.ops.pick_operations(dtype, manual_cast, disable_fast_fp8=True))
+    net = PixelConcatNet(
+        spec,
+        **config,
+        num_heads=HEADS[spec.base],
+        dtype=dtype,
+        device=management.unet_offload_device(),
+        operations=comfy.ops.pick_operations(dtype, manual_cast, disable_fast_fp8=True),
+    )
     net = comfy.controlnet.controlnet_load_state_dict(net, state)
     # compression_ratio 1 and no latent_format: ComfyUI resizes the image straight to latent size, once per run
-    control = comfy.controlnet.ControlNet(net, compression_ratio=1, load_device=device, manual_cast_dtype=manual_cast,
-                                          preprocess_image=spec.to_range)
+    control = comfy.controlnet.ControlNet(
+        net, compression_ratio=1, load_device=device, manual_cast_dtype=manual_cast, preprocess_image=spec.to_range
+    )
     control.upscale_algorithm = spec.kernel
     return control

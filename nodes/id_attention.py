@@ -31,8 +31,9 @@ class IdentityAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
         heads = extra_options["n_heads"]
         if self.previous is None:
-            out = optimized_attention(q, k, v, heads, attn_precision=extra_options["attn_precision"],
-                                      transformer_options=extra_options)
+            out = optimized_attention(
+                q, k, v, heads, attn_precision=extra_options["attn_precision"], transformer_options=extra_options
+            )
         else:
             out = self.previous(q, k, v, extra_options)
         chunks = extra_options["cond_or_uncond"]
@@ -43,8 +44,10 @@ class IdentityAttention:
         """[batch, tokens, channels]; a chunk is the latent batch under one conditioning: 0 positive, 1 negative."""
         size, people = batch // len(chunks), len(x) - 1
         if people not in (1, size):
-            raise ValueError(f"The identity has {people} people but the latent batch has {size} images: give as many "
-                             "images as people, or one person for all.")
+            raise ValueError(
+                f"The identity has {people} people but the latent batch has {size} images: give as many "
+                "images as people, or one person for all."
+            )
         return torch.cat([(x[-1:] if chunk else x[:-1]).expand(size, -1, -1) for chunk in chunks])
 
     def _scale(self, q: Tensor, sigma: Tensor) -> float | Tensor:
@@ -55,7 +58,7 @@ class IdentityAttention:
         return (self.strength * acts).to(q).view(1, 1, 1)
 
     def to(self, target: torch.device | torch.dtype) -> "IdentityAttention":
-        """Moved to a device. A dtype is for `previous` alone: the model's may be fp8; q's is taken when it is called."""
+        """Moved to a device. A dtype is for `previous` alone: the model's may be fp8; here q's is taken at the call."""
         previous = self.previous.to(target) if hasattr(self.previous, "to") else self.previous
         if isinstance(target, torch.dtype):
             return replace(self, previous=previous)
@@ -89,6 +92,7 @@ def install(model: ModelPatcher, patches: dict[Place, IdentityAttention]) -> Mod
     for (name, number, index), patch in patches.items():
         installed = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
         previous = installed.get((name, number, index)) or installed.get((name, number))
-        model.set_model_attn2_replace(replace(patch, previous=previous), name, number,
-                                      index if depth[name, number] > 1 else None)
+        model.set_model_attn2_replace(
+            replace(patch, previous=previous), name, number, index if depth[name, number] > 1 else None
+        )
     return model

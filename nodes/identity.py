@@ -28,13 +28,24 @@ class ExtractIdentity(io.ComfyNode):
             search_aliases=["face id", "faceid embeds", "face embedding", "reference photo"],
             inputs=[
                 types.FaceModel.Input("face_model", tooltip="From Load Face Model; buffalo_l for FaceID adapters."),
-                io.ClipVision.Input("clip_vision", tooltip="The image encoder that the adapter was made for: ViT-H for "
-                                                           "FaceID Plus and PlusV2, or the one of the nano models."),
-                io.Image.Input("images", tooltip="Good photos of the person, one face in each. Several photos, in a "
-                                                 "batch, tell more than one."),
-                io.Combo.Input("batch", options=[ONE_PERSON, MANY_PEOPLE], default=ONE_PERSON, display_name="photos",
-                               tooltip="Whether the photos show one person, or each of them the person for the picture "
-                                       "at the same place of the batch that is restored."),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    tooltip="The image encoder that the adapter was made for: ViT-H for "
+                    "FaceID Plus and PlusV2, or the one of the nano models.",
+                ),
+                io.Image.Input(
+                    "images",
+                    tooltip="Good photos of the person, one face in each. Several photos, in a "
+                    "batch, tell more than one.",
+                ),
+                io.Combo.Input(
+                    "batch",
+                    options=[ONE_PERSON, MANY_PEOPLE],
+                    default=ONE_PERSON,
+                    display_name="photos",
+                    tooltip="Whether the photos show one person, or each of them the person for the picture "
+                    "at the same place of the batch that is restored.",
+                ),
             ],
             outputs=[types.Identity.Output(display_name="identity", tooltip="Who it is; goes to Apply Identity.")],
         )
@@ -69,21 +80,53 @@ class ApplyIdentity(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model: SD1.5 or SDXL, as the adapter."),
                 types.IdentityAdapter.Input("adapter", tooltip="From Load Identity Adapter."),
-                types.Identity.Input("identity", tooltip="From Extract Identity. With several people, there must be as "
-                                                         "many pictures in the batch as people."),
-                io.Float.Input("strength", default=1.0, min=0.0, max=3.0, step=0.05,
-                               tooltip="How strongly the face is drawn towards this person: 0 not at all, 1 as trained."),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, display_name="start",
-                               tooltip="The part of the run at which the identity sets in: 0 is the beginning."),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, display_name="end",
-                               tooltip="The part of the run at which the identity stops acting: 1 is the end."),
+                types.Identity.Input(
+                    "identity",
+                    tooltip="From Extract Identity. With several people, there must be as "
+                    "many pictures in the batch as people.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=3.0,
+                    step=0.05,
+                    tooltip="How strongly the face is drawn towards this person: 0 not at all, 1 as trained.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    display_name="start",
+                    tooltip="The part of the run at which the identity sets in: 0 is the beginning.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    display_name="end",
+                    tooltip="The part of the run at which the identity stops acting: 1 is the end.",
+                ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The model that knows the person; goes to the sampler.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model that knows the person; goes to the sampler.")
+            ],
         )
 
     @classmethod
-    def execute(cls, model, adapter: ManagedAdapter, identity: Identity, strength: float, start_percent: float,
-                end_percent: float) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        adapter: ManagedAdapter,
+        identity: Identity,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+    ) -> io.NodeOutput:
         check_fit(model, adapter, identity)
         if strength == 0 or start_percent >= end_percent:
             return io.NodeOutput(model)
@@ -99,15 +142,19 @@ class ApplyIdentity(io.ComfyNode):
 def check_fit(model, adapter: ManagedAdapter, identity: Identity) -> None:
     """Raises ValueError if the adapter is of another family than the model or the image encoder."""
     widths = cross_attention_widths(model)
-    expected = dict(zip(adapter.adapter.layers, adapter.adapter.channels))
+    expected = dict(zip(adapter.adapter.layers, adapter.adapter.channels, strict=True))
     if widths != expected:
-        raise ValueError(f"The adapter {adapter.name} is {family(expected)} but the model is {family(widths)}: load an "
-                         "adapter made for this model.")
+        raise ValueError(
+            f"The adapter {adapter.name} is {family(expected)} but the model is {family(widths)}: load an "
+            "adapter made for this model."
+        )
     needed = adapter.adapter.image_proj.perceiver_resampler.proj_in.in_features
     width = identity.people[0].clip.shape[-1]
     if width != needed:
-        raise ValueError(f"The adapter {adapter.name} needs a CLIP vision model of width {needed} but the identity was "
-                         f"extracted with one of width {width}: extract it with the other.")
+        raise ValueError(
+            f"The adapter {adapter.name} needs a CLIP vision model of width {needed} but the identity was "
+            f"extracted with one of width {width}: extract it with the other."
+        )
 
 
 def family(widths: dict) -> str:
@@ -121,12 +168,12 @@ def keys_values(adapter: ManagedAdapter, identity: Identity) -> list[tuple[Tenso
     The tokens of a person's photos stand side by side, so that attention chooses among them.
     """
     device = loaded(adapter.patcher)
+    embeddings = torch.cat([person.embeddings for person in identity.people] + [torch.zeros(1, 512)])
+    clip = torch.cat([person.clip for person in identity.people] + [identity.clip_uncond[None]])
+    tokens = adapter.adapter.tokens(embeddings.to(device), clip.to(device), adapter.shortcut)
     photos = len(identity.people[0].embeddings)
-    embeddings = torch.cat([p.embeddings for p in identity.people]).to(device)
-    clip = torch.cat([p.clip for p in identity.people]).to(device)
-    tokens = adapter.adapter.tokens(embeddings, clip, adapter.shortcut)
-    nobody = adapter.adapter.tokens(torch.zeros_like(embeddings[:1]), identity.clip_uncond[None].to(device), adapter.shortcut)
-    tokens = torch.cat([tokens.unflatten(0, (-1, photos)).flatten(1, 2), nobody.repeat(1, photos, 1)])
+    people = tokens[:-1].unflatten(0, (-1, photos)).flatten(1, 2)
+    tokens = torch.cat([people, tokens[-1:].repeat(1, photos, 1)])
     return [(k.cpu(), v.cpu()) for k, v in adapter.adapter.keys_values(tokens)]
 
 
@@ -138,17 +185,25 @@ class CompareIdentity(io.ComfyNode):
             display_name="Compare Identity",
             category=types.CATEGORY,
             description="Says how alike two faces are to a face recogniser: 1 is the same picture, about 0 are two "
-                        "strangers. What counts as the same person depends on the face model.",
+            "strangers. What counts as the same person depends on the face model.",
             search_aliases=["face similarity", "id similarity", "cosine similarity", "same person", "arcface score"],
             inputs=[
-                types.FaceModel.Input("face_model", tooltip="The recogniser that judges. Another one than that of "
-                                                            "Extract Identity gives the more honest answer."),
+                types.FaceModel.Input(
+                    "face_model",
+                    tooltip="The recogniser that judges. Another one than that of "
+                    "Extract Identity gives the more honest answer.",
+                ),
                 io.Image.Input("image_a", display_name="image", tooltip="The faces to judge."),
-                io.Image.Input("image_b", display_name="compared with",
-                               tooltip="The faces to compare with: one for each, or one for all."),
+                io.Image.Input(
+                    "image_b",
+                    display_name="compared with",
+                    tooltip="The faces to compare with: one for each, or one for all.",
+                ),
             ],
             outputs=[
-                io.Float.Output(display_name="similarity", tooltip="The mean over all pairs in which both faces were found."),
+                io.Float.Output(
+                    display_name="similarity", tooltip="The mean over all pairs in which both faces were found."
+                ),
                 io.String.Output(display_name="report", tooltip="A line for each pair, for Preview Any or Save Text."),
             ],
             is_output_node=True,
@@ -157,12 +212,16 @@ class CompareIdentity(io.ComfyNode):
     @classmethod
     def execute(cls, face_model: ManagedFaceModel, image_a: Tensor, image_b: Tensor) -> io.NodeOutput:
         image_a, image_b = same_batch(image_a, image_b, "The first input", "the second")
-        a, b = ([face_embedding(face_model, photo) for photo in to_photos(images, what)]
-                for images, what in ((image_a, "image"), (image_b, "image to compare with")))
-        scores = [float(x @ y) if x is not None and y is not None else None for x, y in zip(a, b)]
+        a, b = (
+            [face_embedding(face_model, photo) for photo in to_photos(images, what)]
+            for images, what in ((image_a, "image"), (image_b, "image to compare with"))
+        )
+        scores = [float(x @ y) if x is not None and y is not None else None for x, y in zip(a, b, strict=True)]
         found = [score for score in scores if score is not None]
         mean = sum(found) / len(found) if found else 0.0
-        lines = [describe(number, x, y, score) for number, (x, y, score) in enumerate(zip(a, b, scores), 1)]
+        lines = [
+            describe(number, x, y, score) for number, (x, y, score) in enumerate(zip(a, b, scores, strict=True), 1)
+        ]
         text = "\n".join([f"similarity {mean:.3f} over {len(found)} of {len(scores)}", *lines])
         return io.NodeOutput(mean, text, ui={"text": [text], "similarity": scores})
 

@@ -12,43 +12,61 @@ from .border import same_batch, to_comfy, to_core
 
 SEED = 0xFFFFFFFFFFFFFFFF
 
+EACH = " Each picture gets a random value between the two; make them equal for a fixed one."
+# input, name, default range, limits, tooltip; in the order of DegradationRange
+DEGRADATIONS = (
+    ("blur", "blur", (1.0, 6.0), (0.0, 20.0), "How wide the blur is, in pixels (sigma)."),
+    ("scale", "downscale", (4.0, 12.0), (1.0, 64.0), "How many times smaller the picture gets, before it is enlarged."),
+    ("noise", "noise", (0.0, 15.0), (0.0, 100.0), "How strong the grain is, in grey levels out of 255."),
+    ("quality", "JPEG quality", (40.0, 90.0), (1.0, 100.0), "100 is nearly lossless, 30 is bad."),
+)
+
 
 class DegradeFace(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def bounds(name: str, label: str, low: float, high: float, largest: float, tooltip: str, smallest: float = 0.0):
-            limits = {"min": smallest, "max": largest, "step": 0.1}
-            return [io.Float.Input(f"{name}_min", display_name=f"{label}, least", default=low, tooltip=tooltip, **limits),
-                    io.Float.Input(f"{name}_max", display_name=f"{label}, most", default=high, tooltip=tooltip, **limits)]
-
-        each = " Each picture gets a random value between least and most; make both equal for a fixed one."
+        ranges = [
+            io.Float.Input(
+                f"{input}_{end}",
+                display_name=f"{label}, {'least' if end == 'min' else 'most'}",
+                default=default,
+                min=limits[0],
+                max=limits[1],
+                step=0.1,
+                tooltip=tooltip + EACH,
+            )
+            for input, label, defaults, limits, tooltip in DEGRADATIONS
+            for end, default in zip(("min", "max"), defaults, strict=True)
+        ]
         return io.Schema(
             node_id="RIDFR_DegradeFace",
             display_name="Degrade Face",
             category=types.CATEGORY,
-            description="Spoils good photos as old and small photos are spoilt: blur, low resolution, noise and JPEG, in "
-                        "this order. For tests: restore the result and compare with the photo.",
+            description="Spoils good photos as old and small photos are spoilt: blur, low resolution, noise and JPEG, "
+            "in this order. For tests: restore the result and compare with the photo.",
             search_aliases=["degradation", "low quality", "blur noise jpeg", "downscale", "make lq"],
             inputs=[
                 io.Image.Input("image", tooltip="Good photos. The result has the same size."),
-                *bounds("blur", "blur", 2.0, 4.0, 20.0, "How wide the blur is, in pixels (sigma)." + each),
-                *bounds("scale", "downscale", 4.0, 8.0, 64.0,
-                        "How many times smaller the picture gets before it is enlarged again." + each, 1.0),
-                *bounds("noise", "noise", 0.0, 15.0, 100.0, "How strong the grain is, in grey levels of 255." + each),
-                *bounds("quality", "JPEG quality", 50.0, 90.0, 100.0, "100 is nearly lossless, 30 is bad." + each, 1.0),
-                io.Int.Input("seed", default=0, min=0, max=SEED, control_after_generate=True,
-                             tooltip="The same seed spoils the same photos in the same way."),
+                *ranges,
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=SEED,
+                    control_after_generate=True,
+                    tooltip="The same seed spoils the same photos in the same way.",
+                ),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The degraded photos, in the size of the good ones.")],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The degraded photos, in the size of the good ones.")
+            ],
         )
 
     @classmethod
-    def execute(cls, image: Tensor, blur_min: float, blur_max: float, scale_min: float, scale_max: float, noise_min: float,
-                noise_max: float, quality_min: float, quality_max: float, seed: int) -> io.NodeOutput:
+    def execute(cls, image: Tensor, seed: int, **bounds: float) -> io.NodeOutput:
         photos = to_core(image, "image")
         generator = torch.Generator().manual_seed(seed)
-        ranges = DegradationRange((blur_min, blur_max), (scale_min, scale_max), (noise_min, noise_max),
-                                  (quality_min, quality_max))
+        ranges = DegradationRange(*((bounds[f"{name}_min"], bounds[f"{name}_max"]) for name, *_ in DEGRADATIONS))
         degraded = degrade(photos, **ranges.draw(len(photos), generator), generator=generator)
         return io.NodeOutput(to_comfy(degraded))
 
@@ -64,13 +82,25 @@ class ColorFix(io.ComfyNode):
             search_aliases=["color correction", "colour fix", "color match", "wavelet color fix", "adain"],
             inputs=[
                 io.Image.Input("image", tooltip="The restored pictures: their details are kept."),
-                io.Image.Input("color_from", display_name="colours from",
-                               tooltip="The degraded pictures: their colours are taken. One for each, or one for all."),
-                io.Combo.Input("method", options=["wavelet", "adain"], default="wavelet",
-                               tooltip="'wavelet' takes colour and light place by place, 'adain' only the overall tone."),
-                io.Int.Input("levels", default=5, min=1, max=8,
-                             tooltip="For 'wavelet': how coarse the colours are that are taken. More levels leave more of "
-                                     "the restored picture as it is."),
+                io.Image.Input(
+                    "color_from",
+                    display_name="colours from",
+                    tooltip="The degraded pictures: their colours are taken. One for each, or one for all.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=["wavelet", "adain"],
+                    default="wavelet",
+                    tooltip="'wavelet' takes colour and light place by place, 'adain' only the overall tone.",
+                ),
+                io.Int.Input(
+                    "levels",
+                    default=5,
+                    min=1,
+                    max=8,
+                    tooltip="For 'wavelet': how coarse the colours are that are taken. More levels leave more of "
+                    "the restored picture as it is.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The restored pictures in the other's colours.")],
         )
@@ -93,24 +123,37 @@ class NanoPortraits(io.ComfyNode):
             node_id="RIDFR_NanoPortraits",
             display_name="Nano Portraits",
             category=types.CATEGORY,
-            description="Draws portraits of invented people for the nano models. These people were never seen in training.",
+            description="Draws invented people for the nano models, who have never seen them in training.",
             search_aliases=["test faces", "procedural portraits", "synthetic faces", "demo faces"],
             inputs=[
-                io.Int.Input("first_person", display_name="first person", default=0, min=0, max=people - 1,
-                             tooltip="The number of the first person to draw."),
+                io.Int.Input(
+                    "first_person",
+                    display_name="first person",
+                    default=0,
+                    min=0,
+                    max=people - 1,
+                    tooltip="The number of the first person to draw.",
+                ),
                 io.Int.Input("people", default=6, min=1, max=64, tooltip="How many people to draw, one picture each."),
-                io.Int.Input("view", default=1, min=0, max=SEED,
-                             tooltip="The same people with another pose, expression, light, hair and background for each "
-                                     "number."),
+                io.Int.Input(
+                    "view",
+                    default=1,
+                    min=0,
+                    max=SEED,
+                    tooltip="The same people with another pose, expression, light, hair and background for each "
+                    "number.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="One picture of 128x128 pixels per person.")],
         )
 
     @classmethod
     def execute(cls, first_person: int, people: int, view: int) -> io.NodeOutput:
-        identities = SPLITS["test"][first_person:first_person + people]
+        identities = SPLITS["test"][first_person : first_person + people]
         if len(identities) < people:
-            raise ValueError(f"There are {len(SPLITS['test'])} people to draw, numbered from 0, so {people} from number "
-                             f"{first_person} are too many: start with a smaller number.")
+            raise ValueError(
+                f"There are {len(SPLITS['test'])} people to draw, numbered from 0, so {people} from number "
+                f"{first_person} are too many: start with a smaller number."
+            )
         portraits = render(torch.tensor(identities), torch.full((people,), view))
         return io.NodeOutput(to_comfy(portraits.image))

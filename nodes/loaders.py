@@ -20,14 +20,16 @@ class LoadNanoModels(io.ComfyNode):
             display_name="Load Nano Models",
             category=types.CATEGORY,
             description="Loads the small practice models that come with this pack: no download, no graphics card. They "
-                        "know drawn portraits of 128x128 pixels only, and text prompts mean nothing to them. For real "
-                        "photos use a checkpoint loader and the real models instead.",
+            "know drawn portraits of 128x128 pixels only, and text prompts mean nothing to them. For real "
+            "photos use a checkpoint loader and the real models instead.",
             search_aliases=["nano checkpoint", "embedded models", "demo models", "tiny model"],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The network that removes noise; goes to the sampler."),
                 io.Clip.Output(display_name="clip", tooltip="The text encoder. Leave prompts empty with nano models."),
                 io.Vae.Output(display_name="vae", tooltip="Turns pictures into latents and back."),
-                io.ClipVision.Output(display_name="clip_vision", tooltip="Describes a reference photo for Extract Identity."),
+                io.ClipVision.Output(
+                    display_name="clip_vision", tooltip="Describes a reference photo for Extract Identity."
+                ),
             ],
         )
 
@@ -44,16 +46,24 @@ class LoadFaceModel(io.ComfyNode):
             display_name="Load Face Model",
             category=types.CATEGORY,
             description="Loads the models that find a face and recognise whose it is: an insightface folder such as "
-                        "buffalo_l or antelopev2 in models/insightface/models. 'nano' comes with this pack and knows "
-                        "drawn portraits only.",
+            "buffalo_l or antelopev2 in models/insightface/models. 'nano' comes with this pack and knows "
+            "drawn portraits only.",
             search_aliases=["insightface", "arcface", "face detection", "face recognition", "antelopev2", "buffalo_l"],
             inputs=[
-                io.Combo.Input("pack", options=paths.face_models(), default=paths.NANO, display_name="face model",
-                               tooltip="The folder to load. Use the same one that the identity adapter was made for: "
-                                       "buffalo_l for FaceID adapters. 'nano_judge' is for Compare Identity only."),
+                io.Combo.Input(
+                    "pack",
+                    options=paths.face_models(),
+                    default=paths.NANO,
+                    display_name="face model",
+                    tooltip="The folder to load. Use the same one that the identity adapter was made for: "
+                    "buffalo_l for FaceID adapters. 'nano_judge' is for Compare Identity only.",
+                ),
             ],
-            outputs=[types.FaceModel.Output(display_name="face_model",
-                                            tooltip="Goes to Extract Identity and Compare Identity.")],
+            outputs=[
+                types.FaceModel.Output(
+                    display_name="face_model", tooltip="Goes to Extract Identity and Compare Identity."
+                )
+            ],
         )
 
     @classmethod
@@ -70,16 +80,24 @@ class LoadIdentityAdapter(io.ComfyNode):
             display_name="Load Identity Adapter",
             category=types.CATEGORY,
             description="Loads a FaceID Plus or PlusV2 adapter from models/ipadapter: the network that tells the "
-                        "diffusion model whose face to draw.",
+            "diffusion model whose face to draw.",
             search_aliases=["ip-adapter faceid", "ipadapter", "faceid plusv2", "identity model"],
             inputs=[
-                io.Combo.Input("file", options=paths.model_files("ipadapter"), default=paths.NANO,
-                               display_name="adapter file",
-                               tooltip="The adapter must be made for the same family as the model: SD1.5 or SDXL. "
-                                       "'nano' goes with the nano models."),
-                io.Combo.Input("version", options=["auto", "plus v2", "plus"], default="auto",
-                               tooltip="FaceID Plus and PlusV2 files look alike inside. 'auto' goes by the file's name "
-                                       "and takes PlusV2 in doubt; choose one if you know better."),
+                io.Combo.Input(
+                    "file",
+                    options=paths.model_files("ipadapter"),
+                    default=paths.NANO,
+                    display_name="adapter file",
+                    tooltip="The adapter must be made for the same family as the model: SD1.5 or SDXL. "
+                    "'nano' goes with the nano models.",
+                ),
+                io.Combo.Input(
+                    "version",
+                    options=["auto", "plus v2", "plus"],
+                    default="auto",
+                    tooltip="FaceID Plus and PlusV2 files look alike inside. 'auto' goes by the file's name "
+                    "and takes PlusV2 in doubt; choose one if you know better.",
+                ),
             ],
             outputs=[types.IdentityAdapter.Output(display_name="adapter", tooltip="Goes to Apply Identity.")],
         )
@@ -101,16 +119,22 @@ class LoadContentControlNet(io.ComfyNode):
             node_id="RIDFR_LoadContentControlNet",
             display_name="Load Content ControlNet",
             category=types.CATEGORY,
-            description="Loads the ControlNet that keeps pose, expression and light of the degraded face. Apply it with "
-                        "the stock 'Apply ControlNet' node; its image is the degraded face itself.",
+            description="Loads the ControlNet that keeps pose, expression and light of the degraded face. Apply it "
+            "with the stock 'Apply ControlNet' node; its image is the degraded face itself.",
             search_aliases=["ridfr controlnet", "restoration controlnet", "lq controlnet", "face restore"],
             inputs=[
-                io.Combo.Input("file", options=paths.model_files("controlnet"), default=paths.NANO,
-                               display_name="ControlNet file",
-                               tooltip="A content ControlNet in models/controlnet (7 input channels). Others, such as "
-                                       "canny or depth, are loaded by the stock loader. 'nano' goes with the nano models."),
+                io.Combo.Input(
+                    "file",
+                    options=paths.model_files("controlnet"),
+                    default=paths.NANO,
+                    display_name="ControlNet file",
+                    tooltip="A content ControlNet in models/controlnet (7 input channels). Others, such as "
+                    "canny or depth, are loaded by the stock loader. 'nano' goes with the nano models.",
+                ),
             ],
-            outputs=[io.ControlNet.Output(display_name="control_net", tooltip="Goes to the stock Apply ControlNet node.")],
+            outputs=[
+                io.ControlNet.Output(display_name="control_net", tooltip="Goes to the stock Apply ControlNet node.")
+            ],
         )
 
     @classmethod

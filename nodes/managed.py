@@ -13,8 +13,11 @@ from ..ridfr_core.recognition import embed
 
 
 def managed(network: nn.Module) -> ModelPatcher:
-    return ModelPatcher(network, load_device=comfy.model_management.get_torch_device(),
-                        offload_device=comfy.model_management.unet_offload_device())
+    return ModelPatcher(
+        network,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
 
 
 def loaded(patcher: ModelPatcher) -> torch.device:

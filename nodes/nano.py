@@ -1,7 +1,7 @@
 """The nano networks as ComfyUI's own MODEL, CLIP, VAE and CLIP_VISION.
 
-The checkpoint has SD1.5's single-file layout at small width. ComfyUI's detection knows the published widths only, so the
-objects are built here from the same classes, without adding to its table of models.
+The checkpoint has SD1.5's single-file layout at small width. ComfyUI's detection knows the published widths only, so
+the objects are built here from the same classes, without adding to its table of models.
 """
 
 import re
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ridfr_core import checkpoints
 from ..ridfr_core.nano import WEIGHTS
-from ..ridfr_core.nano.config import CLIP_VISION, HEADS, PREDICTION
+from ..ridfr_core.nano.config import HEADS, PREDICTION
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -44,7 +44,7 @@ def load_checkpoint() -> tuple[CoreModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
 
 def load_clip_vision() -> comfy.clip_vision.ClipVisionModel:
     state, _ = checkpoints.read(WEIGHTS / "clip_vision.safetensors")
-    vision = comfy.clip_vision.ClipVisionModel({**CLIP_VISION, "num_channels": 3, "model_type": "clip_vision_model"})
+    vision = comfy.clip_vision.ClipVisionModel(str(WEIGHTS / "clip_vision.json"))
     vision.load_sd(state)
     return vision
 
@@ -52,8 +52,11 @@ def load_clip_vision() -> comfy.clip_vision.ClipVisionModel:
 def _diffusion_model(config: NanoSD15, state: dict[str, Tensor]) -> CoreModelPatcher:
     device = management.get_torch_device()
     dtypes = config.supported_inference_dtypes
-    dtype = management.unet_dtype(model_params=comfy.utils.calculate_parameters(state, UNET), supported_dtypes=dtypes,
-                                  weight_dtype=comfy.utils.weight_dtype(state, UNET))
+    dtype = management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(state, UNET),
+        supported_dtypes=dtypes,
+        weight_dtype=comfy.utils.weight_dtype(state, UNET),
+    )
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, dtypes))
     model = config.get_model(state, UNET, device=management.unet_offload_device())
     patcher = CoreModelPatcher(model, load_device=device, offload_device=management.unet_offload_device())
@@ -64,14 +67,21 @@ def _diffusion_model(config: NanoSD15, state: dict[str, Tensor]) -> CoreModelPat
 def _text_encoder(config: NanoSD15, state: dict[str, Tensor]) -> comfy.sd.CLIP:
     """CLIP without layers. The file has its last norm alone, of gain 0, so every prompt becomes that norm's bias."""
     width = len(state[f"{TEXT}final_layer_norm.bias"])
-    text = config.process_clip_state_dict({
-        **state,
-        f"{TEXT}embeddings.token_embedding.weight": torch.zeros(49408, width),
-        f"{TEXT}embeddings.position_embedding.weight": torch.zeros(77, width),
-    })
+    text = config.process_clip_state_dict(
+        {
+            **state,
+            f"{TEXT}embeddings.token_embedding.weight": torch.zeros(49408, width),
+            f"{TEXT}embeddings.position_embedding.weight": torch.zeros(77, width),
+        }
+    )
     size = {"hidden_size": width, "projection_dim": width, "num_hidden_layers": 0}
-    return comfy.sd.CLIP(config.clip_target(), embedding_directory=folder_paths.get_folder_paths("embeddings"),
-                         tokenizer_data=text, state_dict=text, model_options={"clip_l_model_config": size})
+    return comfy.sd.CLIP(
+        config.clip_target(),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        tokenizer_data=text,
+        state_dict=text,
+        model_options={"clip_l_model_config": size},
+    )
 
 
 def _vae(state: dict[str, Tensor]) -> comfy.sd.VAE:
@@ -79,8 +89,14 @@ def _vae(state: dict[str, Tensor]) -> comfy.sd.VAE:
     width = vae["encoder.conv_in.weight"].shape[0]
     levels = _count(vae, r"encoder\.down\.(\d+)\.")
     shape = {
-        "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "dropout": 0.0,
-        "attn_resolutions": [], "ch": width,
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "dropout": 0.0,
+        "attn_resolutions": [],
+        "ch": width,
         "ch_mult": [vae[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] // width for i in range(levels)],
         "num_res_blocks": _count(vae, r"encoder\.down\.0\.block\.(\d+)\."),
     }

@@ -24,10 +24,14 @@ def register_folders() -> None:
 
 
 def face_models() -> list[str]:
-    """Names of face model folders: the bundled ones, then every models/insightface/models/<name> that holds ONNX files."""
+    """Face model folders: the bundled ones, then every models/insightface/models/<name> that holds ONNX files."""
     own = sorted(folder.name for folder in NANO_FACE_MODELS.glob("*") if folder.is_dir())
-    users = {folder.name for root in _insightface_models() for folder in root.glob("*")
-             if any(folder.glob("*.onnx")) or any(folder.glob("*/*.onnx"))}
+    users = {
+        folder.name
+        for root in _insightface_models()
+        for folder in root.glob("*")
+        if any(folder.glob("*.onnx")) or any(folder.glob("*/*.onnx"))
+    }
     return own + sorted(users - set(own))
 
 
@@ -45,7 +49,7 @@ def _insightface_models() -> list[Path]:
 
 
 def model_files(kind: str) -> list[str]:
-    """"nano", then the user's files of a model folder ("ipadapter", "controlnet")."""
+    """ "nano", then the user's files of a model folder ("ipadapter", "controlnet")."""
     return [NANO, *folder_paths.get_filename_list(kind)]
 
 

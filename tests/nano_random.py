@@ -1,5 +1,6 @@
 """Nano weight files with random weights: the layout of the shipped ones, for tests that need no trained network."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -21,8 +22,11 @@ def write(folder: Path, seed: int = 0) -> None:
     save(checkpoint(), folder / "checkpoint.safetensors")
     vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**config.CLIP_VISION))
     save(vision.state_dict(), folder / "clip_vision.safetensors")
-    save(IdentityAdapter(channels(), config.CONTEXT, config.CLIP_VISION["hidden_size"]).state_dict(),
-         folder / "identity_adapter.safetensors")
+    (folder / "clip_vision.json").write_text(json.dumps({"model_type": "clip_vision_model", **config.CLIP_VISION}))
+    save(
+        IdentityAdapter(channels(), config.CONTEXT, config.CLIP_VISION["hidden_size"]).state_dict(),
+        folder / "identity_adapter.safetensors",
+    )
     save(content_controlnet(), folder / "content_controlnet.safetensors", ContentSpec(base="nano").to_metadata())
 
 
@@ -30,8 +34,10 @@ def checkpoint() -> dict:
     parts = {
         "model.diffusion_model.": unet_to_ldm(UNet2DConditionModel(**config.UNET).state_dict()),
         "first_stage_model.": vae_to_ldm(AutoencoderKL(**config.VAE).state_dict()),
-        "cond_stage_model.transformer.text_model.final_layer_norm.": {"weight": torch.zeros(config.CONTEXT),
-                                                                      "bias": torch.randn(config.CONTEXT)},
+        "cond_stage_model.transformer.text_model.final_layer_norm.": {
+            "weight": torch.zeros(config.CONTEXT),
+            "bias": torch.randn(config.CONTEXT),
+        },
     }
     return {prefix + key: weight for prefix, state in parts.items() for key, weight in state.items()}
 

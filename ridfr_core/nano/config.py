@@ -23,6 +23,7 @@ UNET = dict(
 )
 
 CLIP_VISION = dict(
+    num_channels=3,
     hidden_size=128,
     intermediate_size=512,
     num_hidden_layers=4,
