@@ -12,12 +12,12 @@ from torch import Tensor
 KINDS = {
     "identity-adapter": (
         "an IP-Adapter FaceID-Plus identity adapter",
-        "get ip-adapter-faceid-plusv2_sd15.bin of h94/IP-Adapter-FaceID on Hugging Face, or use this pack's nano models",
+        "get ip-adapter-faceid-plusv2_sd15.bin of h94/IP-Adapter-FaceID on Hugging Face, or use the nano models",
     ),
     "ip-adapter": ("an IP-Adapter without the FaceID-Plus projection", "see tencent-ailab/IP-Adapter"),
     "content-controlnet": (
         "a RIDFR content ControlNet (7 input channels, no hint encoder)",
-        "nobody has published the paper's, so train one, or use this pack's nano models",
+        "nobody has published the paper's, so train one, or use the nano models",
     ),
     "controlnet": ("an ordinary ControlNet", "load it with the Load ControlNet Model node"),
     "sd-checkpoint": ("a Stable Diffusion checkpoint", "load it with the Load Checkpoint node"),
