@@ -1,0 +1,97 @@
+"""A face model: detector and recogniser, read from a folder of insightface ONNX files (buffalo_l, antelopev2, ...)."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from .faces import Detector
+from .recognition import CROP_SIZE, FaceModelError, load_iresnet
+
+EMBEDDING = 512
+
+
+class OnnxRecogniser(nn.Module):
+    """Any insightface recogniser on onnxruntime (MobileFaceNet, ...): called like IResNet, but without gradients."""
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        import onnxruntime
+        from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self._model = ArcFaceONNX(str(path), session=session)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Crops [B,3,112,112], RGB in [-1,1] -> raw embeddings [B,512]."""
+        pixels = (x.float().cpu().numpy() + 1) * 127.5
+        return torch.from_numpy(self._model.forward(pixels)).to(x.device)
+
+
+@dataclass(frozen=True)
+class FaceModel:
+    """A detector and a recogniser that belong together.
+
+    recogniser: IResNet, or OnnxRecogniser where the file holds another network (then there are no gradients).
+    digest: sha256 of the recogniser's file; embeddings of different digests cannot be compared.
+    """
+
+    name: str
+    detector: Detector
+    recogniser: nn.Module
+    digest: str
+
+
+def load_face_model(folder: str | Path, operations: ModuleType | type = nn) -> FaceModel:
+    """Load the detector and the recogniser of an insightface model folder; each is known by its shapes.
+
+    Files that lie one folder too deep (antelopev2/antelopev2/, as its archive unpacks) are found too.
+    Raises FaceModelError when the folder holds no detector or no recogniser.
+    """
+    folder = Path(folder)
+    files = sorted(folder.glob("*.onnx")) or sorted(folder.glob("*/*.onnx"))
+    roles: dict[str, Path] = {}
+    for path in files:
+        roles.setdefault(_role(path), path)
+    for role, needed in (("detector", "an SCRFD detector with landmarks"),
+                         ("recogniser", "an ArcFace recogniser (112x112 to 512)")):
+        if role not in roles:
+            found = ", ".join(path.name for path in files) or "no .onnx file"
+            raise FaceModelError(f"Face model folder {folder} has no {needed}, it has {found}; put the files of an "
+                                 "insightface pack such as buffalo_l there.")
+    path = roles["recogniser"]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return FaceModel(folder.name, Detector(roles["detector"]), _recogniser(path, operations), digest)
+
+
+def _role(path: Path) -> str:
+    """"detector", "recogniser" or "other", told by the model's inputs and outputs as insightface does."""
+    import onnx
+
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf and onnx raise several kinds for a damaged file
+        raise FaceModelError(f"Face model file {path} cannot be read as ONNX ({error}); download it again.") from error
+    if len(graph.output) in (9, 15):
+        return "detector"
+    stored = {tensor.name for tensor in graph.initializer}
+    inputs = [_shape(value) for value in graph.input if value.name not in stored]
+    if len(inputs) == len(graph.output) == 1 and inputs[0][-2:] == [CROP_SIZE, CROP_SIZE] \
+            and _shape(graph.output[0])[-1:] == [EMBEDDING]:
+        return "recogniser"
+    return "other"
+
+
+def _shape(value) -> list[int]:
+    return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def _recogniser(path: Path, operations: ModuleType | type) -> nn.Module:
+    try:
+        return load_iresnet(path, operations)
+    except FaceModelError:  # a whole ONNX file, as _role has read it, but of another network
+        return OnnxRecogniser(path)

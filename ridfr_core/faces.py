@@ -1,0 +1,125 @@
+"""Faces in images: detection by insightface's SCRFD, and five-point similarity alignment.
+
+Landmarks are pixels (x, y) with pixel centres at integers, in insightface's order: the viewer's left eye, the right
+eye, nose tip, left and right mouth corner. Images are RGB in [0,1].
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Where the five landmarks lie in an aligned crop. 112 px: insightface `face_align.arcface_dst`; 512 px: FFHQ's mean
+# face as the face restoration field uses it (facexlib).
+ARCFACE_TEMPLATE = torch.tensor(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
+FFHQ_TEMPLATE = torch.tensor(
+    [[192.98138, 239.94708], [318.90277, 240.1936], [256.63416, 314.01935], [201.26117, 371.41043],
+     [313.08905, 371.15118]])
+
+
+def similarity_transform(src: Tensor, dst: Tensor) -> Tensor:
+    """Least-squares rotation, scale and shift that take points onto others (Umeyama 1991).
+
+    src: [B,N,2]; dst: [N,2] or [B,N,2]. Returns [B,2,3], M with dst ~ M[:, :2] src + M[:, 2]. In the plane the
+    solution has a closed form: with both sets centred and read as complex numbers, factor = sum(conj(p) q) / sum|p|^2.
+    """
+    dst = dst.to(src).expand_as(src)
+    src_mean, dst_mean = src.mean(1), dst.mean(1)
+    p, q = src - src_mean[:, None], dst - dst_mean[:, None]
+    norm = p.square().sum((1, 2))
+    real = (p * q).sum((1, 2)) / norm
+    imag = (p[..., 0] * q[..., 1] - p[..., 1] * q[..., 0]).sum(1) / norm
+    linear = torch.stack([torch.stack([real, -imag], -1), torch.stack([imag, real], -1)], 1)
+    shift = dst_mean[..., None] - linear @ src_mean[..., None]
+    return torch.cat([linear, shift], -1)
+
+
+def warp(images: Tensor, matrix: Tensor, size: int) -> Tensor:
+    """Resample images [B,C,H,W] by affine maps [B,2,3] from their pixels to those of a size x size output.
+
+    Bilinear, zero outside, the pixel convention of `cv2.warpAffine`; differentiable in both arguments.
+    Returns [B,C,size,size].
+    """
+    height, width = images.shape[-2:]
+    linear, shift = matrix[..., :2], matrix[..., 2:]
+    axis = torch.arange(size, device=images.device, dtype=matrix.dtype)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    target = torch.stack([x, y]).view(1, 2, -1)
+    source = torch.linalg.inv(linear) @ (target - shift)
+    extent = torch.tensor([width, height], device=images.device, dtype=matrix.dtype)
+    grid = (2 * source.transpose(1, 2) + 1) / extent - 1
+    grid = grid.view(-1, size, size, 2).to(images.dtype)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def align(images: Tensor, landmarks: Tensor, size: int = 112) -> Tensor:
+    """Crops [B,3,size,size] aligned to the ArcFace template, as insightface's `norm_crop(image_size=size)`.
+
+    images: [B,3,H,W]; landmarks: [B,5,2]; size: a multiple of 112 (112 for ArcFace, 224 for the CLIP of FaceID-Plus).
+    """
+    matrix = similarity_transform(landmarks.to(images.device), ARCFACE_TEMPLATE * (size / 112))
+    return warp(images, matrix, size)
+
+
+@dataclass(frozen=True)
+class Face:
+    """A detected face: box [4] (x1,y1,x2,y2) and landmarks [5,2] in pixels, score in [0,1]."""
+
+    box: Tensor
+    landmarks: Tensor
+    score: float
+
+    @property
+    def area(self) -> float:
+        x1, y1, x2, y2 = self.box.tolist()
+        return (x2 - x1) * (y2 - y1)
+
+
+class Detector:
+    """insightface's SCRFD on an ONNX file.
+
+    A face that fills the frame is easily missed, since the anchors end at about the input's size. So where nothing is
+    found, the search goes on at other sizes and with a margin around the image.
+    """
+
+    MARGINS = (0.0, 0.25, 0.5)
+    SIZES = (640, 320, 160)
+
+    def __init__(self, path: str | Path, threshold: float = 0.5, providers: tuple[str, ...] = ("CPUExecutionProvider",)):
+        import onnxruntime
+        from insightface.model_zoo.scrfd import SCRFD
+
+        session = onnxruntime.InferenceSession(str(path), providers=list(providers))
+        self._scrfd = SCRFD(model_file=str(path), session=session)
+        self._scrfd.det_thresh = threshold
+
+    def detect(self, image: Tensor) -> list[Face]:
+        """Faces in an image [3,H,W], RGB in [0,1], largest first; empty if there are none."""
+        for padded, offset, size in self._attempts(image):
+            # `input_size` goes to detect: sizes set on the model before are overruled by insightface 1.0 and later.
+            boxes, landmarks = self._scrfd.detect(_to_bgr(padded), input_size=(size, size))
+            if len(boxes):
+                faces = [Face(torch.tensor(box[:4]) - offset, torch.tensor(points) - offset, float(box[4]))
+                         for box, points in zip(boxes, landmarks)]
+                return sorted(faces, key=lambda face: face.area, reverse=True)
+        return []
+
+    def _attempts(self, image: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+        """(padded image, pad in pixels, detector input size), the most promising first: no enlargement, no margin."""
+        longest = max(image.shape[-2:])
+        for margin in self.MARGINS:
+            pad = round(longest * margin)
+            padded = F.pad(image, (pad, pad, pad, pad))
+            native = min(max(-(-(longest + 2 * pad) // 32) * 32, 128), 640)
+            for size in dict.fromkeys((native, *self.SIZES)):
+                yield padded, pad, size
+
+
+def _to_bgr(image: Tensor):
+    """[3,H,W] RGB in [0,1] -> uint8 array [H,W,3] in OpenCV's channel order."""
+    array = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return array.flip(0).permute(1, 2, 0).contiguous().numpy()
