@@ -1,24 +1,16 @@
 """The content ControlNet computes in ComfyUI what it computes in diffusers, where it is trained."""
 
-import importlib.util
-import sys
-from pathlib import Path
+import importlib
 
 import pytest
 import torch
 
 from ridfr_core.content import ContentSpec, controlnet_to_ldm, prepare_lq
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
-def content_control(comfy):
-    """nodes/content_control.py, imported as ComfyUI imports the pack: as part of a package of any name."""
-    init = ROOT / "__init__.py"
-    spec = importlib.util.spec_from_file_location("the_pack", init, submodule_search_locations=[str(ROOT)])
-    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    return importlib.import_module("the_pack.nodes.content_control")
+def content_control(pack):
+    return importlib.import_module(f"{pack.__name__}.nodes.content_control").content_control
 
 
 def relative_error(got, want):
@@ -59,7 +51,7 @@ NETWORKS = {
 def test_network_matches_diffusers(content_control, case):
     widths, layers, heads, context, base = NETWORKS[case]
     net, spec = diffusers_controlnet(widths, layers, heads, context), ContentSpec(base=base)
-    control = content_control.content_control(controlnet_to_ldm(net.state_dict()), spec)
+    control = content_control(controlnet_to_ldm(net.state_dict()), spec)
     z, lq, text = torch.randn(2, 4, 16, 16), torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 5, context)
     t = torch.tensor([20.0, 900.0])
     down, middle = sample(net, z, lq, t, text, spec)
@@ -88,7 +80,7 @@ def test_control_net_matches_diffusers_from_image_to_residuals(comfy, content_co
         pass
 
     net, spec = diffusers_controlnet(*NETWORKS["nano"][:4]), ContentSpec(base="nano", kernel="area")
-    control = content_control.content_control(controlnet_to_ldm(net.state_dict()), spec)
+    control = content_control(controlnet_to_ldm(net.state_dict()), spec)
     image, x, text = torch.rand(1, 3, 128, 128), torch.randn(2, 4, 16, 16), torch.randn(2, 5, 128)
     sampling = Sampling()
     control.set_cond_hint(image, 1.0, (0.0, 1.0))
