@@ -139,7 +139,7 @@ class NanoPortraits(io.ComfyNode):
                     "view",
                     default=1,
                     min=0,
-                    max=SEED,
+                    max=0x7FFFFFFF,
                     tooltip="The same people with another pose, expression, light, hair and background for each "
                     "number.",
                 ),
