@@ -8,21 +8,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# kind -> (what it is, where to get one)
 KINDS = {
-    "identity-adapter": (
-        "an IP-Adapter FaceID-Plus identity adapter",
-        "get ip-adapter-faceid-plusv2_sd15.bin of h94/IP-Adapter-FaceID on Hugging Face, or use the nano models",
-    ),
-    "ip-adapter": ("an IP-Adapter without the FaceID-Plus projection", "see tencent-ailab/IP-Adapter"),
-    "content-controlnet": (
-        "a RIDFR content ControlNet (7 input channels, no hint encoder)",
-        "nobody has published the paper's, so train one, or use the nano models",
-    ),
-    "controlnet": ("an ordinary ControlNet", "load it with the Load ControlNet Model node"),
-    "sd-checkpoint": ("a Stable Diffusion checkpoint", "load it with the Load Checkpoint node"),
-    "lora": ("a LoRA", "load it with the Load LoRA node"),
-    "unknown": ("no layout this pack knows", ""),
+    "identity-adapter": "an IP-Adapter FaceID-Plus identity adapter",
+    "ip-adapter": "an IP-Adapter of another sort than FaceID-Plus",
+    "content-controlnet": "a RIDFR content ControlNet (7 input channels, no hint encoder)",
+    "controlnet": "an ordinary ControlNet (for the node Load ControlNet Model)",
+    "sd-checkpoint": "a Stable Diffusion checkpoint (for the node Load Checkpoint)",
+    "lora": "a LoRA (for the node Load LoRA)",
+    "unknown": "nothing this pack knows",
+}
+SOURCES = {
+    "identity-adapter": "get ip-adapter-faceid-plusv2_sd15.bin of h94/IP-Adapter-FaceID on Hugging Face, or choose nano",
+    "content-controlnet": "the paper's authors have published none, so train one, or choose nano",
 }
 
 
@@ -109,8 +106,7 @@ def _controlnet_channels(state_dict: Mapping[str, Tensor]) -> int | None:
 
 
 def expect(state_dict: Mapping[str, Tensor], kind: str, name: str) -> None:
-    """Raise CheckpointError unless the tensors of the file called `name` are of `kind` (a key of KINDS)."""
+    """Raise CheckpointError unless the tensors of the file called `name` are of `kind`, one of SOURCES."""
     found = kind_of(state_dict)
     if found != kind:
-        wanted, where = KINDS[kind]
-        raise CheckpointError(f"'{name}' holds {KINDS[found][0]}, but this needs {wanted}: {where}.")
+        raise CheckpointError(f"'{name}' holds {KINDS[found]}, but this needs {KINDS[kind]}: {SOURCES[kind]}.")

@@ -142,4 +142,4 @@ def test_expect_says_what_it_is_and_what_it_should_be(wanted, kind, state):
     with pytest.raises(CheckpointError) as caught:
         expect(state, wanted, "x.bin")
     message = str(caught.value)
-    assert "x.bin" in message and KINDS[kind][0] in message and KINDS[wanted][0] in message
+    assert "x.bin" in message and KINDS[kind] in message and KINDS[wanted] in message
