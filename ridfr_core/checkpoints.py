@@ -1,6 +1,7 @@
 """Read weight files, recognise what they hold, and say in one sentence what is wrong with them."""
 
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,8 +19,8 @@ KINDS = {
     "unknown": "nothing this pack knows",
 }
 SOURCES = {
-    "identity-adapter": "get ip-adapter-faceid-plusv2_sd15.bin of h94/IP-Adapter-FaceID on Hugging Face, or choose nano",
-    "content-controlnet": "the paper's authors have published none, so train one, or choose nano",
+    "identity-adapter": "get ip-adapter-faceid-plusv2_sd15.bin of h94/IP-Adapter-FaceID on Hugging Face, or use nano",
+    "content-controlnet": "the paper's authors have published none, so train one, or use nano",
 }
 
 
@@ -66,7 +67,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"'{path.name}' holds more than weights, and code in it could run when it is read, so it was refused: "
             "use a safetensors version of it."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:  # what torch raises differs with where the file ends
+    except (RuntimeError, EOFError, OSError, IndexError, struct.error) as error:  # which one depends on where it ends
         raise CheckpointError(f"'{path.name}' is damaged or cut short: download it again.") from error
     return flatten(content.get("state_dict", content) if isinstance(content, Mapping) else {})
 

@@ -58,7 +58,7 @@ def test_truncated_safetensors(tmp_path, keep):
 
 
 @pytest.mark.parametrize("new", [True, False])
-@pytest.mark.parametrize("fraction", [0.3, 0.9])
+@pytest.mark.parametrize("fraction", [0.02, 0.3, 0.9])
 def test_truncated_pickle(tmp_path, new, fraction):
     path = tmp_path / "x.bin"
     torch.save({f"w{i}": torch.rand(100) for i in range(10)}, path, _use_new_zipfile_serialization=new)
