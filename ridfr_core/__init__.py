@@ -1,0 +1,1 @@
+"""Identity-preserving face restoration in plain torch; nothing here imports ComfyUI."""
