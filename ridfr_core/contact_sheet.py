@@ -8,13 +8,13 @@ INK, PALE, PAPER = (24, 26, 30), (110, 114, 122), (255, 255, 255)
 MARGIN, GAP = 24, 10  # px
 
 
-def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], similarity: Mapping[str, Sequence[float]], title: str,
-                  cell: int = 192) -> Image.Image:
+def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], similarity: Mapping[str, Sequence[float | None]],
+                  title: str, cell: int = 192) -> Image.Image:
     """Draw the sheet.
 
     columns: name -> one picture per person, in the sheet's order, all columns equally long; each is scaled to
-    `cell` x `cell` px. similarity: column name -> one cosine per person, written under the picture; a column may
-    have none. Raises ValueError when the numbers of pictures or similarities differ.
+    `cell` x `cell` px. similarity: column name -> one cosine per person, None where no face was found, written
+    under the picture; a column may have no similarities. Raises ValueError when the columns differ in length.
     """
     people = len(next(iter(columns.values())))
     if any(len(row) != people for row in (*columns.values(), *similarity.values())):
@@ -33,5 +33,7 @@ def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], similarity: Mapp
             top = head + person * (cell + caption)
             sheet.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS), (left, top))
             if name in similarity:
-                draw.text((middle, top + cell + 5), f"ID {similarity[name][person]:.2f}", PALE, small, anchor="ma")
+                value = similarity[name][person]
+                text = "no face found" if value is None else f"ID {value:.2f}"
+                draw.text((middle, top + cell + 5), text, PALE, small, anchor="ma")
     return sheet

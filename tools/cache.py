@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .steps import say
+from .steps import StepError, say
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -35,9 +35,13 @@ def key_of(*parts: str) -> str:
 @contextmanager
 def locked() -> Iterator[None]:
     """One set-up at a time on this machine. The system frees the lock when its last holder dies, however it dies."""
-    folder = cache()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+b") as file:
+    try:
+        cache().mkdir(parents=True, exist_ok=True)
+        file = open(cache() / "lock", "a+b")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise StepError("Opening the cache", f"{cache()} cannot be written ({error.strerror})",
+                        "Set RIDFR_CACHE to a folder that can.") from error
+    with file:
         if not _acquire(file, wait=False):
             say("waiting for another set-up on this machine to finish")
             _acquire(file, wait=True)

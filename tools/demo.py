@@ -25,7 +25,7 @@ SIMILARITIES = {"Similarity: LQ": "LQ", "Similarity: blind": "blind", "Similarit
 @dataclass(frozen=True)
 class Results:
     images: dict[str, list[dict]]  # column -> the server's entry of each person's picture
-    similarity: dict[str, list[float]]  # column -> each person's similarity to the ground truth
+    similarity: dict[str, list[float | None]]  # column -> each person's to the ground truth; None: no face was found
 
 
 def main() -> None:
@@ -83,18 +83,21 @@ def collect(workflow: dict, graph: dict, outputs: dict) -> Results:
     return Results({column: images[column] for column in COLUMNS.values()}, similarity)
 
 
-def table(similarity: dict[str, list[float]]) -> str:
-    """Each person's similarity to the ground truth, a column each, and the mean."""
-    def row(name: str, values: list[float]) -> str:
-        return f"{name:<10}" + "".join(f"{value:>12.3f}" for value in values)
+def table(similarity: dict[str, list[float | None]]) -> str:
+    """Each person's similarity to the ground truth, a column each, and the mean over the faces that were found."""
+    def row(name: str, values: list[float | None]) -> str:
+        return f"{name:<10}" + "".join(f"{'no face' if v is None else format(v, '.3f'):>12}" for v in values)
+
+    def mean(values: list[float]) -> float | None:
+        return sum(values) / len(values) if values else None
 
     people = zip(*similarity.values(), strict=True)
-    means = [sum(values) / len(values) for values in similarity.values()]
+    means = [mean([v for v in values if v is not None]) for values in similarity.values()]
     return "\n".join(["ID similarity to the ground truth", " " * 10 + "".join(f"{name:>12}" for name in similarity),
                       *(row(f"person {n}", values) for n, values in enumerate(people, 1)), row("mean", means)])
 
 
-def draw(pictures: dict, similarity: dict[str, list[float]], sheet: Path) -> None:
+def draw(pictures: dict, similarity: dict[str, list[float | None]], sheet: Path) -> None:
     sys.path.insert(0, str(CHECKOUT))
     from ridfr_core.contact_sheet import contact_sheet
 

