@@ -19,8 +19,8 @@ from comfy.model_patcher import CoreModelPatcher
 from torch import Tensor
 
 from ..ridfr_core import checkpoints
-from ..ridfr_core.nano import WEIGHTS
 from ..ridfr_core.nano.config import HEADS, PREDICTION
+from . import paths
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -36,15 +36,15 @@ class NanoSD15(comfy.supported_models.SD15):
 
 
 def load_checkpoint() -> tuple[CoreModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    state, _ = checkpoints.read(WEIGHTS / "checkpoint.safetensors")
+    state, _ = checkpoints.read(paths.WEIGHTS / "checkpoint.safetensors")
     config = NanoSD15(comfy.model_detection.detect_unet_config(state, UNET))
     clip, vae = _text_encoder(config, state), _vae(state)
     return _diffusion_model(config, state), clip, vae
 
 
 def load_clip_vision() -> comfy.clip_vision.ClipVisionModel:
-    state, _ = checkpoints.read(WEIGHTS / "clip_vision.safetensors")
-    vision = comfy.clip_vision.ClipVisionModel(str(WEIGHTS / "clip_vision.json"))
+    state, _ = checkpoints.read(paths.WEIGHTS / "clip_vision.safetensors")
+    vision = comfy.clip_vision.ClipVisionModel(str(paths.WEIGHTS / "clip_vision.json"))
     vision.load_sd(state)
     return vision
 

@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import numpy
+import onnx
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import save_file
@@ -11,12 +13,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ridfr_core.adapter import IdentityAdapter
 from ridfr_core.content import ContentSpec, controlnet_to_ldm
+from ridfr_core.faces import ARCFACE_TEMPLATE
 from ridfr_core.layouts import unet_to_ldm, vae_to_ldm
 from ridfr_core.nano import config
+from ridfr_core.training import recogniser
 
 
 def write(folder: Path, seed: int = 0) -> None:
-    """Everything but the face models."""
+    """All files of ridfr_core/nano/weights; its detectors find one face in the middle of any 128-pixel picture."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     save(checkpoint(), folder / "checkpoint.safetensors")
@@ -28,6 +32,30 @@ def write(folder: Path, seed: int = 0) -> None:
         folder / "identity_adapter.safetensors",
     )
     save(content_controlnet(), folder / "content_controlnet.safetensors", ContentSpec(base="nano").to_metadata())
+    for name, recogniser_file in (("nano", "rec_nano.onnx"), ("nano_judge", "rec_judge.onnx")):
+        pack = folder / "insightface" / "models" / name
+        recogniser.export_onnx(recogniser.iresnet((1, 1, 1, 1), (8, 8, 8, 8)), pack / recogniser_file)
+        onnx.save(centred_face(), str(pack / "det_nano.onnx"))
+
+
+def centred_face() -> onnx.ModelProto:
+    """SCRFD's nine outputs as constants for a 128-pixel input: one face of 80 pixels at (64, 64)."""
+    outputs = []
+    for kind, width in (("score", 1), ("bbox", 4), ("kps", 10)):
+        for stride in (8, 16, 32):
+            values = numpy.zeros((2 * (128 // stride) ** 2, width), numpy.float32)
+            if stride == 16:  # the first of the two anchors in row 4, column 4 lies at (64, 64)
+                landmarks = (ARCFACE_TEMPLATE - 56) / 112 * 80 / stride
+                values[2 * (4 * 8 + 4)] = {"score": 0.9, "bbox": 40 / stride, "kps": landmarks.flatten()}[kind]
+            outputs.append((f"{kind}_{stride}", values))
+    nodes = [
+        onnx.helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(values))
+        for name, values in outputs
+    ]
+    image = onnx.helper.make_tensor_value_info("input.1", onnx.TensorProto.FLOAT, [1, 3, "H", "W"])
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, v.shape) for name, v in outputs]
+    graph = onnx.helper.make_graph(nodes, "centred_face", [image], values)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 11)], ir_version=8)
 
 
 def checkpoint() -> dict:

@@ -1,0 +1,65 @@
+"""What saved graphs and users rely on: the nodes' ids, inputs and outputs stay where they are, and are explained."""
+
+import asyncio
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def schemas(pack) -> dict:
+    """Node id -> schema."""
+    pack.nodes.paths.register_folders()
+    extension = asyncio.run(pack.comfy_entrypoint())
+    found = (node.define_schema() for node in asyncio.run(extension.get_node_list()))
+    return {schema.node_id: schema for schema in found}
+
+
+def slots(schema) -> dict:
+    """The part of a schema that a saved graph refers to."""
+    inputs = [[i.id, i.get_io_type()] for i in schema.inputs]
+    return {"inputs": inputs, "outputs": [o.get_io_type() for o in schema.outputs]}
+
+
+def test_nothing_that_a_saved_graph_has_moved(schemas, checkout):
+    """Against tests/schemas.json: inputs and outputs are only appended, and then written down there, too."""
+    known = json.loads((checkout / "tests" / "schemas.json").read_text(encoding="utf-8"))
+    now = {name: slots(schema) for name, schema in schemas.items()}
+    assert known.keys() <= now.keys(), "a node is gone: saved graphs that use it break"
+    for name, parts in known.items():
+        for part, before in parts.items():
+            assert now[name][part][: len(before)] == before, (
+                f"{name}: saved graphs hold these {part} by place: {before}"
+            )
+    assert now == known, f"append to tests/schemas.json:\n{json.dumps(now, indent=1)}"
+
+
+def test_everything_is_explained(schemas):
+    for name, schema in schemas.items():
+        assert name.startswith("RIDFR_") and schema.category == "RIDFR"
+        assert schema.display_name and len(schema.description) > 40 and len(schema.search_aliases) >= 3
+        for slot in [*schema.inputs, *schema.outputs]:
+            assert slot.tooltip and slot.tooltip[-1] in ".?", f"{name}: {slot}"
+
+
+def test_numbers_have_sensible_ranges(schemas):
+    for name, schema in schemas.items():
+        for slot in schema.inputs:
+            if slot.get_io_type() in ("INT", "FLOAT"):
+                assert slot.min <= slot.default <= slot.max, f"{name}: {slot.id}"
+            if slot.get_io_type() == "COMBO":
+                assert slot.default is None or slot.default in slot.options, f"{name}: {slot.id}"
+
+
+def test_the_workflow_fits_the_schemas(schemas, nano_workflow):
+    """Each node of ours in the graph has the inputs that its schema has, and a value for each widget."""
+    used = set()
+    for node in nano_workflow["nodes"]:
+        if node["type"].startswith("RIDFR_"):
+            schema = schemas[node["type"]]
+            used.add(node["type"])
+            assert {i["name"] for i in node["inputs"]} == {i.id for i in schema.inputs}
+            widgets = [i for i in schema.inputs if i.get_io_type() in ("INT", "FLOAT", "COMBO")]
+            seeds = [i for i in widgets if getattr(i, "control_after_generate", None)]  # followed by "fixed"
+            assert len(node["widgets_values"]) == len(widgets) + len(seeds)
+    assert used == set(schemas), "the nano workflow shows every node"
