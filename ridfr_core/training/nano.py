@@ -22,7 +22,7 @@ from ..recognition import load_iresnet
 from . import nano_diffusion, nano_figures, nano_vae, nano_vision
 from .portrait_data import portrait_set
 
-PEOPLE, VIEWS = 3000, 10
+PEOPLE, VIEWS = 3000, 8
 RECOGNISER = WEIGHTS / "insightface" / "models" / "nano" / "rec_nano.onnx"
 
 
@@ -38,7 +38,7 @@ class NanoTraining:
 
     @cached_property
     def vae(self):
-        return nano_vae.train(self.work, self.portraits)
+        return nano_vae.train(self.work, portrait_set(self.work, "train", PEOPLE // 4, VIEWS))
 
     @cached_property
     def vision(self):

@@ -25,7 +25,7 @@ ADAPT = Recipe(steps=3000, batch=32, lr=5e-4)
 CONTENT = Recipe(steps=3000, batch=32, lr=5e-4)
 
 SEVERE = DegradationRange(sigma=(2.0, 4.0), ratio=(6.0, 10.0), noise=(5.0, 15.0), quality=(40, 80))
-SPEC = ContentSpec(value_range="-1..1", kernel="area")
+SPEC = ContentSpec(value_range="-1..1", kernel="area", base="nano")
 
 
 def schedule():

@@ -8,8 +8,8 @@ from ..nano.config import LATENT_SCALE, VAE
 from .loop import Recipe, Run
 from .portrait_data import PortraitSet
 
-RECIPE = Recipe(steps=6000, batch=16, lr=1.5e-3, ema=0.998, cooldown=0.5)
-WHOLE = 0.75  # from this share of the steps on: whole portraits, in smaller batches, instead of 64-pixel crops
+RECIPE = Recipe(steps=4000, batch=16, lr=1.5e-3, ema=0.998, cooldown=0.5)
+WHOLE = 0.85  # from this share of the steps on: whole portraits, in smaller batches, instead of 64-pixel crops
 
 
 def build() -> nn.Module:
@@ -54,8 +54,8 @@ def standardise(vae: nn.Module, portraits: PortraitSet, count: int = 500) -> Non
     """Rescale the 1x1 convolutions round the latent so that latents times SD's 0.18215 have mean 0 and variance 1."""
     rows = torch.linspace(0, len(portraits) - 1, count).long()
     z = torch.cat([vae.encode(portraits.batch(part) * 2 - 1).latent_dist.mean for part in rows.split(50)])
-    mean, std = z.mean((0, 2, 3)), z.std()
-    gain, channels = 1 / (LATENT_SCALE * std), len(mean)
+    mean = z.mean((0, 2, 3))
+    gain, channels = 1 / (LATENT_SCALE * (z - mean[:, None, None]).std()), len(mean)
     into, back = vae.quant_conv, vae.post_quant_conv
     into.weight[:channels] *= gain
     into.bias[:channels] = (into.bias[:channels] - mean) * gain

@@ -1,0 +1,117 @@
+"""Nano training: interrupted runs, the VAE's rescaling, the stages' networks."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from ridfr_core.training import nano_diffusion, nano_vae
+from ridfr_core.training.loop import Recipe, Run
+
+RECIPE = Recipe(steps=30, batch=8, lr=0.01, warmup=3, seed=7)
+
+
+def fit(folder, recipe=RECIPE, fail_at=None):
+    torch.manual_seed(0)
+    net = nn.Linear(4, 1)
+
+    def loss(step, generator):
+        if step == fail_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 4, generator=generator)
+        return (net(x) - x.sum(1, keepdim=True)).square().mean()
+
+    run = Run(folder, "fit", net, recipe)
+    run.save_every = 0  # a checkpoint after each step
+    run.train(loss, log_every=10)
+    return net, run
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    whole, _ = fit(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "parts", fail_at=17)
+    resumed, run = fit(tmp_path / "parts")
+    assert run.step == 30
+    assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
+
+
+def test_a_run_learns_and_logs(tmp_path):
+    _, run = fit(tmp_path, Recipe(steps=400, batch=8, lr=0.05, ema=0.9))
+    rows = [json.loads(line) for line in run.log.read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(10, 401, 10))
+    assert rows[-1]["loss"] < 0.01 * rows[0]["loss"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    net = nn.Linear(1, 1)
+    run = Run(tmp_path, "nan", net, RECIPE)
+    with pytest.raises(RuntimeError, match="nan: the loss is nan at step 0; the last good checkpoint is"):
+        run.train(lambda step, generator: net.weight.sum() * float("nan"))
+
+
+def test_the_rate_rises_stays_and_falls():
+    recipe = Recipe(steps=1000, batch=1, lr=1.0, warmup=100, cooldown=0.4)
+    assert recipe.rate(0) == pytest.approx(0.01)
+    assert recipe.rate(300) == 1.0
+    assert recipe.rate(800) == pytest.approx(0.525)
+    assert recipe.rate(1000) == pytest.approx(0.05)
+
+
+class FourPortraits:
+    """Stands for a PortraitSet."""
+
+    def __len__(self):
+        return 4
+
+    def batch(self, rows):
+        return torch.rand(len(rows), 3, 64, 64, generator=torch.Generator().manual_seed(int(rows.sum())))
+
+
+def test_standardised_latents_keep_what_the_decoder_shows():
+    torch.manual_seed(0)
+    vae, portraits = nano_vae.build(), FourPortraits()
+    with torch.no_grad():
+        vae.quant_conv.bias += 3
+        images = portraits.batch(torch.arange(4)) * 2 - 1
+        before = vae.decode(vae.encode(images).latent_dist.mode()).sample
+        variance = vae.encode(images).latent_dist.var
+        nano_vae.standardise(vae, portraits, count=40)
+        posterior = vae.encode(images).latent_dist
+        after = vae.decode(posterior.mode()).sample
+        latents = torch.cat([
+            nano_diffusion.latents_of(vae, portraits.batch(rows)) for rows in torch.linspace(0, 3, 40).long().split(20)
+        ])
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    assert latents.mean((0, 2, 3)).abs().max() < 0.2
+    assert 0.7 < latents.std() < 1.3
+    assert (posterior.var / variance).std() < 1e-3 * (posterior.var / variance).mean()  # one gain for all
+
+
+def test_content_starts_as_the_unets_encoder_and_the_lq_channels_at_zero():
+    torch.manual_seed(0)
+    unet = nano_diffusion.build_unet()
+    content = nano_diffusion.build_content(unet)
+    assert torch.equal(content.conv_in.weight[:, :4], unet.conv_in.weight)
+    assert not content.conv_in.weight[:, 4:].any()
+    z, t = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
+    down, mid = content(torch.randn(2, 7, 16, 16), t, nano_diffusion.empty_prompt(2), torch.zeros(()), return_dict=False)
+    assert not mid.any() and not any(residual.any() for residual in down)
+    assert unet(z, t, nano_diffusion.empty_prompt(2)).sample.shape == z.shape
+
+
+def test_identity_processors_without_identity_are_plain_attention():
+    torch.manual_seed(0)
+    unet = nano_diffusion.build_unet().eval()
+    z, t, prompt = torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), nano_diffusion.empty_prompt(2)
+    with torch.no_grad():
+        plain = unet(z, t, prompt).sample
+        adapter = nano_diffusion.build_adapter(unet)
+        nano_diffusion.let_identity_in(unet)
+        torch.testing.assert_close(unet(z, t, prompt).sample, plain, rtol=1e-4, atol=1e-5)
+        tokens = adapter.tokens(torch.randn(2, 512), torch.randn(2, 65, 128))
+        identity = adapter.keys_values(tokens)
+        changed = unet(z, t, prompt, cross_attention_kwargs={"identity": identity}).sample
+    assert len(identity) == 16
+    assert not torch.allclose(changed, plain, atol=1e-3)
