@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from .portrait_geometry import CHART_STEP, CHART_X, CHART_Y, bell, chart_axes, signed_root, skull, smooth
 
 CLASSES = (
-    "background skin nose left_brow right_brow left_eye right_eye inner_mouth upper_lip lower_lip "
-    "ear hair neck clothes glasses"
-).split()
+    "background", "skin", "nose", "left_brow", "right_brow", "left_eye", "right_eye", "inner_mouth",
+    "upper_lip", "lower_lip", "ear", "hair", "neck", "clothes", "glasses",
+)
 CLASS = {name: i for i, name in enumerate(CLASSES)}
 
 
@@ -34,7 +34,7 @@ def paint(canvas: torch.Tensor, pigment: torch.Tensor, alpha: torch.Tensor) -> N
 
 def skin_colour(t) -> torch.Tensor:
     tone = 0.5 + 0.5 * t.skin_tone
-    red, green, blue = 0.36 + 0.57 * tone, 0.225 + 0.545 * tone, 0.16 + 0.52 * tone - 0.04 * tone * (1 - tone)
+    red, green, blue = 0.40 + 0.53 * tone, 0.255 + 0.515 * tone, 0.18 + 0.50 * tone - 0.04 * tone * (1 - tone)
     return colour(red, green + 0.022 * t.skin_hue, blue - 0.03 * t.skin_hue)
 
 
@@ -83,7 +83,7 @@ def relief(t, v, p, gx, gy) -> torch.Tensor:
         (-0.6 * (t.forehead_lines + 0.2).clamp_min(0) - 0.8 * (v.brow_raise - 0.5).clamp_min(0), 0.0, -22.5, 14., 1.0),
         (-0.9 * (v.frown - 0.2).clamp_min(0), 2.8, -9.0, -1.0, 3.5),
     ])
-    rows, columns = window(-18, 18, -12, 40)
+    rows, columns = window(-18, 18, -22, 40)
     height[:, rows, columns] += nose_relief(t, p, gx[..., columns], gy[:, rows])
     rows, columns = window(-30, 30, 8, 58)
     x, y = gx[..., columns].abs(), gy[:, rows]
@@ -98,12 +98,12 @@ def relief(t, v, p, gx, gy) -> torch.Tensor:
 def nose_relief(t, p, x, y) -> torch.Tensor:
     tip = p["nose_tip"]
     along = (y + 4) / (tip + 4)
-    rise = (9.5 + 2.6 * t.nose_height) * (0.22 + 0.06 * t.nose_bridge + 0.78 * along.clamp(0, 1) ** 1.35)
-    rise = rise * torch.where(along < 0, bell(along, 0.28), torch.where(along > 1, bell(y - tip, 3.1), 1.0))
-    width = 3.0 + 0.9 * t.nose_bridge + (2.4 + 1.0 * t.nose_tip) * along.clamp(0, 1) ** 2.5
-    ball = (1.1 + 0.8 * t.nose_tip) * bell(x, 3.4 + 0.8 * t.nose_tip) * bell(y - tip + 0.5, 3.2)
-    wing = 5.4 + 1.7 * t.nose_width
-    alae = (4.6 + 0.6 * t.nose_width) * bell(x.abs() - wing, 2.3) * bell(y - tip - 1.2, 2.7 + 0.5 * t.nostril)
+    rise = (9.0 + 2.4 * t.nose_height) * (0.26 + 0.09 * t.nose_height + 0.74 * along.clamp(0, 1) ** 1.4)
+    rise = rise * torch.where(along < 0, bell(along, 0.24), torch.where(along > 1, bell(y - tip, 3.8), 1.0))
+    width = 4.3 + 1.1 * t.nose_bridge + (2.2 + 1.0 * t.nose_tip) * along.clamp(0, 1) ** 2.5
+    ball = (1.2 + 0.9 * t.nose_tip) * bell(x, 4.0 + 0.9 * t.nose_tip) * bell(y - tip + 0.3, 3.8)
+    wing = 5.6 + 1.8 * t.nose_width
+    alae = (3.9 + 0.6 * t.nose_width) * bell(x.abs() - wing, 2.7) * bell(y - tip - 0.8, 3.3 + 0.5 * t.nostril)
     return rise * bell(x, width) + ball + alae
 
 
@@ -190,10 +190,12 @@ def eye(t, v, p, gx, gy, albedo, gloss, height, classes, side: int, light) -> No
     sclera = constant_colour([0.93, 0.90, 0.88], device)
     hue = 0.33 + 0.27 * t.iris_hue  # amber to green to blue
     value = 0.50 + 0.20 * t.iris_light
-    iris = torch.lerp(hsv(0.075 + 0 * hue, 0.75, value), hsv(hue, 0.55, value + 0.08), smooth(t.iris_hue + 0.45, 0.6)[:, None])
+    amber, cool = hsv(0.075 + 0 * hue, 0.75, value), hsv(hue, 0.55, value + 0.08)
+    iris = torch.lerp(amber, cool, smooth(t.iris_hue + 0.45, 0.6)[:, None])
     paint(canvas, sclera, inside)
     disc = smooth(radius - distance, 0.9) * inside
-    rays = 0.85 + 0.22 * torch.sin(torch.atan2(dy, dx) * 13 + 6 * t.iris_hue) + 0.5 * bell(distance - 0.55 * radius, 0.8)
+    rays = 0.85 + 0.22 * torch.sin(torch.atan2(dy, dx) * 13 + 6 * t.iris_hue)
+    rays = rays + 0.5 * bell(distance - 0.55 * radius, 0.8)
     canvas.lerp_(iris * (rays * (1 - 0.6 * bell(distance - radius, 0.8)))[:, None], disc[:, None])
     paint(canvas, constant_colour([0.03, 0.025, 0.03], device), smooth(0.44 * radius - distance, 0.8) * inside)
     cast = 1 - 0.55 * bell(upper, 1.9) - 0.30 * u.abs().clamp_max(1) ** 4
@@ -217,11 +219,11 @@ def brow(t, v, p, x, y, canvas, classes, name: str) -> None:
     s = (x - start) / (end - start)
     inner = s.clamp(0, 1)
     raise_ = 1.7 * v.brow_raise + 0.5
-    centre = -(9.4 + 1.9 * t.brow_height + raise_) - (1.7 + 1.7 * t.brow_arch) * torch.sin(3.0 * inner ** 1.25)
-    centre = centre - (1.7 * t.brow_angle - 0.6) * (inner - 0.5) * 2 + 2.0 * v.frown.clamp_min(0) * (1 - inner) ** 2
-    half = (1.55 + 0.85 * t.brow_thickness) * (1 - 0.72 * inner ** 1.6) * smooth(s + 0.02, 0.14)
-    hairs = torch.sin(4.6 * x - (3.4 - 5.4 * inner) * (y - centre) + 1.5 * torch.sin(1.3 * x))
-    band = smooth(half + 0.22 * hairs - (y - centre).abs(), 1.15) * smooth(1 - s, 0.1)
+    centre = -(10.2 + 2.0 * t.brow_height + raise_) - (1.7 + 1.7 * t.brow_arch) * torch.sin(3.0 * inner ** 1.25)
+    centre = centre - (1.7 * t.brow_angle - 0.2) * (inner - 0.5) * 2 + 1.3 * v.frown.clamp_min(0) * (1 - inner) ** 2
+    half = (1.85 + 0.9 * t.brow_thickness) * (1 - 0.72 * inner ** 1.6) * smooth(s + 0.02, 0.14)
+    hairs = torch.sin(3.1 * x - (2.6 - 4.2 * inner) * (y - centre) + 1.2 * torch.sin(1.3 * x))
+    band = smooth(half + 0.16 * hairs - (y - centre).abs(), 1.15) * smooth(1 - s, 0.1) * smooth(s, 0.12)
     darkness = 0.24 - 0.13 * t.brow_dark
     pigment = colour(darkness * 1.15, darkness * 0.85, darkness * 0.65)
     paint(canvas, pigment, band * (0.80 + 0.12 * t.brow_dark + 0.10 * hairs))
@@ -232,15 +234,16 @@ def nose_paint(t, p, gx, gy, albedo, gloss, classes) -> None:
     rows, columns = window(-14, 14, -8, 40)
     x, y = gx[..., columns].abs(), gy[:, rows] - p["nose_tip"]
     canvas = albedo[:, :, rows, columns]
-    wing = 5.4 + 1.7 * t.nose_width
+    wing = 5.6 + 1.8 * t.nose_width
     canvas.mul_(1 - 0.16 * (bell(x, 7.0) * bell(y, 6.5))[:, None] * torch.tensor(
         [0.0, 1.0, 0.9], device=x.device).view(1, 3, 1, 1))
     place = 3.0 + 0.85 * t.nose_width
-    hole = ((x - place) / (1.75 + 0.5 * t.nostril)) ** 2 + ((y - 2.9 - 0.25 * (x - place)) / (1.0 + 0.35 * t.nostril)) ** 2
-    canvas.lerp_(canvas * torch.tensor([0.16, 0.09, 0.08], device=x.device).view(1, 3, 1, 1),
-                 (0.95 * smooth(1 - hole, 0.9))[:, None])
+    slanted = y - 3.3 - 0.2 * (x - place)
+    hole = ((x - place) / (1.7 + 0.5 * t.nostril)) ** 2 + (slanted / (0.85 + 0.35 * t.nostril)) ** 2
+    canvas.lerp_(canvas * torch.tensor([0.22, 0.12, 0.11], device=x.device).view(1, 3, 1, 1),
+                 (0.9 * smooth(1 - hole, 1.1))[:, None])
     rim = bell(torch.sqrt(((x - wing) / 2.9) ** 2 + ((y - 0.9) / 3.2) ** 2 + 1e-4) - 1, 0.28) * (x > wing - 1.0)
-    canvas *= (1 - 0.32 * rim - 0.24 * bell(y - 3.6, 1.2) * bell(x, wing))[:, None]
+    canvas *= (1 - 0.26 * rim - 0.12 * bell(y - 4.4, 1.2) * bell(x, wing))[:, None]
     gloss[:, rows, columns] += 0.35 * bell(x, 2.0) * bell(y + 1.2, 3.0)
     outline = torch.where(y < 0, 3.2 + (wing - 0.5) * ((y / (p["nose_tip"] + 4) + 1).clamp_min(0)) ** 2.2, wing + 1.8)
     classes[:, rows, columns][(x < outline) & (y < 4.0) & (y > -p["nose_tip"] - 2)] = CLASS["nose"]
@@ -275,18 +278,18 @@ def hairline(t, v, p, gx, gy) -> torch.Tensor:
     width = p["width"]
     u = gx / width
     part = 0.55 * v.hair_part
-    ragged = 0.9 * torch.sin(23 * u + 9 * v.hair_phase) + 0.6 * torch.sin(47 * u + 20 * v.hair_phase)
-    line = -(29 + 4.5 * t.hairline) + (15 + 3 * t.hairline) * (u.abs() / 0.95).clamp_max(1.1) ** 3
+    ragged = 0.7 * torch.sin(23 * u + 9 * v.hair_phase) + 0.5 * torch.sin(47 * u + 20 * v.hair_phase)
+    line = -(33 + 4.5 * t.hairline) + (17 + 3 * t.hairline) * (u.abs() / 0.95).clamp_max(1.1) ** 3
     line = line + (3.8 * (t.widow_peak + 0.1).clamp_min(0)) * bell(u, 0.17)
     kind = v.hair_fringe
     side = torch.where(v.hair_part > 0, 1.0, -1.0)
-    bangs = -15.5 + 1.5 * v.hair_volume + 3 * u * u + 1.6 * ragged
-    swept = -27 + 14 * smooth(side * (part - u) + 0.15, 1.1) + 1.2 * ragged
+    bangs = -17 + 1.5 * v.hair_volume + 3 * u * u + 1.6 * ragged
+    swept = -31 + 14 * smooth(side * (part - u) + 0.15, 1.1) + 1.2 * ragged
     curtain = -33 + 23 * ((u - part).abs().clamp_max(1)) ** 0.8 + ragged
-    line = torch.where(kind > 0.55, torch.maximum(line, bangs), line)
-    line = torch.where((kind > 0.1) & (kind <= 0.55), torch.maximum(line, swept), line)
-    line = torch.where((kind > -0.3) & (kind <= 0.1), torch.maximum(line, curtain), line)
-    return smooth(line + 0.6 * ragged - gy, 1.6)
+    line = torch.where(kind > 0.6, torch.maximum(line, bangs), line)
+    line = torch.where((kind > 0.25) & (kind <= 0.6), torch.maximum(line, swept), line)
+    line = torch.where((kind > -0.1) & (kind <= 0.25), torch.maximum(line, curtain), line)
+    return smooth(line + 0.4 * ragged - gy, 1.8)
 
 
 def face_chart(t, v, freckle_spots, p, light) -> dict:
@@ -299,7 +302,8 @@ def face_chart(t, v, freckle_spots, p, light) -> dict:
     batch, rows, columns = t.skin_tone.shape[0], gy.shape[1], gx.shape[2]
     height = relief(t, v, p, gx, gy)
     albedo = skin_colour(t).expand(batch, 3, rows, columns).clone()
-    gloss = torch.zeros_like(height) + 0.22 + blobs(gx, gy, [(0.16, 0.0, -16.0, 14.0, 8.0), (0.14, 21.0, 10.0, -6.0, 5.0)])
+    forehead, cheeks = (0.16, 0.0, -16.0, 14.0, 8.0), (0.14, 21.0, 10.0, -6.0, 5.0)
+    gloss = 0.22 + blobs(gx, gy, [forehead, cheeks]).repeat(batch, 1, 1)
     classes = torch.full_like(height, CLASS["skin"])
     marks(t, v, p, freckle_spots, gx, gy, albedo)
     nose_paint(t, p, gx, gy, albedo, gloss, classes)
@@ -313,9 +317,9 @@ def face_chart(t, v, freckle_spots, p, light) -> dict:
     shadow = cast_shadow(coarse, light)
     hair = hairline(t, v, p, gx, gy)
     hair_shadow = F.avg_pool2d(hair[:, None], (9, 5), stride=1, padding=(4, 2), count_include_pad=False)
-    dim = F.interpolate((1 - 0.30 * crevice) * (1 - 0.5 * shadow), size=(rows, columns), mode="bilinear",
+    dim = F.interpolate((1 - 0.22 * crevice) * (1 - 0.42 * shadow), size=(rows, columns), mode="bilinear",
                         align_corners=True)
-    albedo *= dim * (1 - 0.45 * hair_shadow)
+    albedo *= dim * (1 - 0.4 * hair_shadow)
 
     width, depth, centre = skull(t, p, gy)
     total = height + centre

@@ -38,7 +38,7 @@ def signed_root(value: torch.Tensor, power) -> torch.Tensor:
 def layout(t, v) -> dict:
     """Places of the features in head coordinates, each [B, 1, 1], from traits t and nuisances v."""
     chin = 49 + 7 * t.face_length
-    smile, opening = v.smile * 0.5 + 0.3 * v.smile.abs(), 5.5 * (v.mouth_open - 0.15).clamp_min(0)
+    smile, opening = v.smile * 0.5 + 0.3 * v.smile.abs() + 0.08, 5.5 * (v.mouth_open - 0.15).clamp_min(0)
     nose_tip = 0.395 * chin + 3.4 * t.nose_length
     mouth = nose_tip + 0.235 * chin + 2.6 * t.mouth_height
     mouth_half = 10.2 + 2.8 * t.mouth_width + 1.8 * smile
@@ -46,7 +46,7 @@ def layout(t, v) -> dict:
         top=46 + 4 * t.skull_height, chin=chin + 0.6 * opening, width=32.5 + 3.8 * t.skull_width,
         eye_x=14.3 + 2.0 * t.eye_spacing, nose_tip=nose_tip, mouth=mouth, mouth_half=mouth_half, smile=smile,
         opening=opening, corner=mouth - 2.8 * smile,
-        eye_half=6.5 + 1.25 * t.eye_size,
+        eye_half=7.2 + 1.25 * t.eye_size,
     )
 
 
@@ -54,8 +54,8 @@ def skull(t, p, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     """Half width, half depth and centre depth of the skull's elliptic section at height y; negative beyond its ends."""
     above = 1 - (y.clamp_max(0).abs() / p["top"]) ** 2.3
     s = y.clamp_min(0) / p["chin"]
-    jaw = signed_root(1 - s ** (2.75 + 1.15 * t.jaw_square), 1 / (1.75 + 0.45 * t.chin_width))
-    jaw = jaw * (1 + 0.17 * t.jaw_width * bell(s - 0.72, 0.3) + 0.07 * t.cheekbone * bell(s - 0.25, 0.2))
+    jaw = signed_root(1 - s ** (2.6 + 0.95 * t.jaw_square), 1 / (1.75 + 0.45 * t.chin_width))
+    jaw = jaw * (1 + 0.14 * t.jaw_width * bell(s - 0.72, 0.3) + 0.07 * t.cheekbone * bell(s - 0.25, 0.2))
     ends = torch.where(y < 0, signed_root(above, 0.5), jaw)
     depth_ends = torch.where(y < 0, signed_root(above, 0.5), signed_root(1 - s**6, 0.5))
     centre = (15 + 2.5 * t.chin_out) * s.clamp_max(1.2) ** 2
@@ -83,7 +83,9 @@ def sample(chart: torch.Tensor, x: torch.Tensor, y: torch.Tensor, mode: str = "b
 
 
 def cast(rot, shape: torch.Tensor, X: torch.Tensor, Y: torch.Tensor, steps: int = 5) -> dict:
-    """Meets each ray (X, Y) [B, h, w] with the head; shape [B, 5, H, W] charts width, depth, height and d(width, depth)/dy.
+    """Meets each ray (X, Y) [B, h, w] with the head.
+
+    shape [B, 5, H, W] charts the section's half width, half depth, height, and the y slopes of the first two.
 
     At a fixed height y the section is an ellipse shifted by the chart's height, met in closed form; y and the height
     follow by fixed-point iteration. Returns head coordinates x, y, z, the unnormalised base normal, and `edge`, the
@@ -107,7 +109,7 @@ def cast(rot, shape: torch.Tensor, X: torch.Tensor, Y: torch.Tensor, steps: int 
     normal = torch.stack((x / w2, -(x**2 * dwidth / (w2 * width.clamp_min(1)) + front**2 * ddeep / (
         d2 * deep.clamp_min(1))), front / d2), 1)
     half = torch.sign(width) * torch.sqrt(width**2 * cy**2 + deep**2 * sy**2)
-    return dict(x=x, y=y, z=z, normal=normal, edge=half - (X - height * sy).abs())
+    return dict(x=x, y=y, z=z, normal=normal, edge=half + 0.7 - torch.sqrt((X - height * sy) ** 2 + 2))
 
 
 def surface_depth(shape: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

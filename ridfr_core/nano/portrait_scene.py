@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .portrait_chart import CLASS, hsv, colour, skin_colour
+from .portrait_chart import CLASS, colour, hsv, skin_colour
 from .portrait_geometry import FRAME, bell, cast, sample, signed_root, smooth, turn
 
 
@@ -31,10 +31,10 @@ def lit(normal, light, key, ambient, rim):
 
 def lights(v):
     """Colours of key, ambient and rim light [B, 3, 1, 1]."""
-    saturation = 0.04 + 0.36 * (0.5 + 0.5 * v.light_colour) ** 2
-    power = 1.12 + 0.16 * v.light_power
-    key = hsv(0.5 + 0.5 * v.light_hue, saturation, power)
-    ambient = hsv(0.5 + 0.5 * v.back_hue, 0.22, 0.62 + 0.10 * v.fill)
+    saturation = 0.04 + 0.29 * (0.5 + 0.5 * v.light_colour) ** 2
+    power = 1.24 + 0.16 * v.light_power
+    key = hsv(0.88 + 0.29 * v.light_hue, saturation, power)  # blue over red to yellow: no green light
+    ambient = hsv(0.5 + 0.5 * v.back_hue, 0.12, 0.68 + 0.10 * v.fill)
     rim = hsv(0.5 + 0.5 * v.rim_hue, 0.5, 0.9 * smooth(v.rim_power - 0.1, 1.2))
     return key, ambient, rim
 
@@ -108,20 +108,21 @@ def compose(t, v, p, rot, chart, frame, light, size):
     fields = torch.cat((torch.stack((hit["x"], hit["y"], hit["z"], hit["edge"]), 1), hit["normal"]), 1)
     fields = F.interpolate(fields, size=(size, size), mode="bilinear", align_corners=True)
     x, y, z, edge, nx, ny, nz = fields.unbind(1)
-    edge = edge / torch.sqrt(1 + gradient_square(edge, pixel))
+    edge = edge / steepness(edge, pixel)
 
     canvas = Canvas(background(v, ticks[None, None], ticks[None, :, None]))
     length, volume, covers = hair_style(v, p)
     outline, u, hy, wave = hair_field(v, p, rot, X, Y)
+    outline = outline / steepness(outline, pixel)
     hair = hair_colour(v, u, hy, wave, light, key, ambient, rim)
     body(t, v, p, rot, canvas, X, Y, edge, pixel, light, key, ambient, rim, hair, outline)
     for side in (-1, 1):
-        ear(t, p, rot, canvas, X, Y, side, pixel, light, key, ambient, 1.0)
+        ear(t, p, rot, canvas, X, Y, side, pixel, light, key, ambient, 1 - covers)
 
     surface = sample(chart["surface"], x, y)
     slope_x, slope_y = surface[:, 0], surface[:, 1]
     normal = torch.stack((nx - nz * slope_x, ny - nz * slope_y, nz), 1)
-    normal = F.normalize(normal, dim=1)
+    normal = normal * torch.rsqrt((normal * normal).sum(1, keepdim=True) + 1e-12)
     normal = turn(rot, *normal.unbind(1))
     shade = lit(normal, light, key, ambient, rim)
     half_x, half_y, half_z = light[0], light[1], light[2] + 1
@@ -134,9 +135,9 @@ def compose(t, v, p, rot, chart, frame, light, size):
 
     # hair over the skull: the charted hairline in front, and all that lies behind the temples
     behind = 6 + 7 * covers - 3 * (y + 10).clamp(-10, 30) * 0.1 * (1 - covers)
-    sides = smooth(behind - z, 2.5) * smooth(length - 2 - hy, 3.0)
+    sides = smooth(behind - z, 2.5) * smooth(length - 2 - hy, 3.0) * smooth(0.75 * p["chin"] - hy, 26.0)
     over = torch.maximum(surface[:, 6] * (y < 10), sides) * smooth(outline, pixel)
-    canvas.put(hair * (1 - 0.25 * (surface[:, 6] < 0.9) * over)[:, None], over, "hair")
+    canvas.put(hair, over, "hair")
     for side in (-1, 1):
         _, _, facing_z = turn(rot, side * p["width"], 0 * v.yaw, -4 + 0 * v.yaw)
         ear(t, p, rot, canvas, X, Y, side, pixel, light, key, ambient, smooth(facing_z - 1, 6.0) * (1 - covers))
@@ -146,16 +147,16 @@ def compose(t, v, p, rot, chart, frame, light, size):
     return image.clamp_(0, 1), canvas.classes
 
 
-def gradient_square(field: torch.Tensor, pixel) -> torch.Tensor:
-    """Squared vertical slope of a field [B, S, S] per head pixel (the horizontal slope of `edge` is 1)."""
+def steepness(field: torch.Tensor, pixel) -> torch.Tensor:
+    """Gradient length of a field [B, S, S] whose horizontal slope is 1, per head pixel."""
     slope = F.pad(field[:, 2:] - field[:, :-2], (0, 0, 1, 1)) / (2 * pixel)
-    return slope.clamp(-6, 6) ** 2
+    return torch.sqrt(1 + slope.clamp(-6, 6) ** 2)
 
 
 def body(t, v, p, rot, canvas, X, Y, edge, pixel, light, key, ambient, rim, hair, outline):
     """Clothes, hair behind the head, and neck."""
     cy, sy, cp, sp = rot
-    x, floor = X + 5 * sy, p["chin"] + 16
+    x, floor = X + 5 * sy, p["chin"] + 13
     cloth = hsv(0.5 + 0.5 * v.clothes_hue, 0.5, 0.45 + 0.3 * v.clothes_light)
     half = 0.60 * p["width"] + 1.2 * t.jaw_width
     u = (x / (half + 1.5)).clamp(-1, 1)
@@ -164,8 +165,11 @@ def body(t, v, p, rot, canvas, X, Y, edge, pixel, light, key, ambient, rim, hair
     nx = (x / 55).clamp(-0.9, 0.9)
     ny = -0.4 + 0 * nx
     shade = lit((nx, ny, torch.sqrt(1 - nx * nx - 0.16).clamp_min(0.1)), light, key, ambient, rim) * fold[:, None]
+    _, _, covers = hair_style(v, p)
+    behind = smooth(outline, 1.2 * pixel)
+    canvas.put(hair * 0.62, behind, "hair")
     canvas.put(cloth * shade, smooth(shoulder, pixel), "clothes")
-    canvas.put(hair * 0.62, smooth(outline, 1.2 * pixel), "hair")
+    canvas.put(hair * 0.75, behind * covers * smooth(x.abs() - half - 2, 4.0), "hair")
     neck_edge = half + 3.5 * ((Y - floor + 12) / 14).clamp_min(0) ** 2 - x.abs()
     collar = floor + 3 + (4 + 4 * v.collar) * (1 - u * u) - Y
     nz = torch.sqrt(1 - 0.9 * u * u)
@@ -221,6 +225,6 @@ def glasses(v, p, rot, canvas, X, Y, pixel):
     (lx, ly), (rx, _) = centres
     gap = (0.5 * (rx - lx) - half_w * cy).clamp_min(0.3)
     bridge = smooth(0.8 - (Y - ly + 2.0 - 1.2 * (1 - ((X - 0.5 * (lx + rx)) / gap) ** 2)).abs(), 1.2 * pixel)
-    ink = torch.maximum(ink, bridge * (((X - 0.5 * (lx + rx)).abs() < gap + 0.5)))
-    canvas.image.lerp_(canvas.image * 0.9 + 0.06, (0.7 * worn * lens)[:, None].expand_as(canvas.image))
+    ink = torch.maximum(ink, bridge * ((X - 0.5 * (lx + rx)).abs() < gap + 0.5))
+    canvas.image.lerp_(canvas.image * 0.92 + 0.02, (0.7 * worn * lens)[:, None].expand_as(canvas.image))
     canvas.put(pigment, ink * worn, "glasses")

@@ -5,22 +5,25 @@ from types import SimpleNamespace
 import torch
 
 TRAITS = (
-    "skull_width skull_height face_length jaw_width jaw_square chin_width chin_out cheekbone cheek_hollow brow_ridge "
-    "skin_tone skin_hue eye_spacing eye_size eye_aspect eye_tilt eye_depth lid_fold eye_bag iris_hue iris_light "
-    "iris_size brow_thickness brow_arch brow_height brow_spacing brow_angle brow_length brow_dark nose_length "
-    "nose_width nose_bridge nose_height nose_tip nostril mouth_width upper_lip lower_lip mouth_height cupid lip_tone "
-    "ear_size ear_out ear_height hairline widow_peak freckles nasolabial forehead_lines chin_cleft "
-    "mole1_x mole1_y mole1_size mole2_x mole2_y mole2_size mole3_x mole3_y mole3_size"
-).split()
+    "skull_width", "skull_height", "face_length", "jaw_width", "jaw_square", "chin_width", "chin_out",
+    "cheekbone", "cheek_hollow", "brow_ridge", "skin_tone", "skin_hue", "eye_spacing", "eye_size", "eye_aspect",
+    "eye_tilt", "eye_depth", "lid_fold", "eye_bag", "iris_hue", "iris_light", "iris_size", "brow_thickness",
+    "brow_arch", "brow_height", "brow_spacing", "brow_angle", "brow_length", "brow_dark", "nose_length",
+    "nose_width", "nose_bridge", "nose_height", "nose_tip", "nostril", "mouth_width", "upper_lip", "lower_lip",
+    "mouth_height", "cupid", "lip_tone", "ear_size", "ear_out", "ear_height", "hairline", "widow_peak",
+    "freckles", "nasolabial", "forehead_lines", "chin_cleft", "mole1_x", "mole1_y", "mole1_size", "mole2_x",
+    "mole2_y", "mole2_size", "mole3_x", "mole3_y", "mole3_size",
+)
 
 NUISANCES = (
-    "yaw pitch roll shift_x shift_y zoom smile mouth_open brow_raise frown squint gaze_x gaze_y "
-    "lipstick lipstick_hue blush eye_shadow eye_shadow_hue stubble glasses glasses_width glasses_round glasses_dark "
-    "hair_length hair_volume hair_fringe hair_part hair_wave hair_flare hair_hue hair_light hair_phase "
-    "light_x light_y light_hue light_colour light_power rim_hue rim_power fill "
-    "back_hue back_hue2 back_light back_light2 back_angle back_shape_x back_shape_y back_shape_size "
-    "clothes_hue clothes_light collar"
-).split()
+    "yaw", "pitch", "roll", "shift_x", "shift_y", "zoom", "smile", "mouth_open", "brow_raise", "frown",
+    "squint", "gaze_x", "gaze_y", "lipstick", "lipstick_hue", "blush", "eye_shadow", "eye_shadow_hue",
+    "stubble", "glasses", "glasses_width", "glasses_round", "glasses_dark", "hair_length", "hair_volume",
+    "hair_fringe", "hair_part", "hair_wave", "hair_flare", "hair_hue", "hair_light", "hair_phase", "light_x",
+    "light_y", "light_hue", "light_colour", "light_power", "rim_hue", "rim_power", "fill", "back_hue",
+    "back_hue2", "back_light", "back_light2", "back_angle", "back_shape_x", "back_shape_y", "back_shape_size",
+    "clothes_hue", "clothes_light", "collar",
+)
 
 
 def _signed64(value: int) -> int:

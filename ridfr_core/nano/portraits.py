@@ -89,7 +89,7 @@ def landmarks_of(p, rot, chart) -> torch.Tensor:
 
 @dataclass
 class Frame:
-    """Similarity from turned coordinates to the 128-pixel frame: zoom, roll (cosine, sine) and the point at `target`."""
+    """Similarity from turned coordinates to the 128-pixel frame: zoom, roll, and the point that lands on `target`."""
 
     zoom: torch.Tensor
     cosine: torch.Tensor
@@ -100,10 +100,10 @@ class Frame:
     @classmethod
     def of(cls, v, p, points):
         # FFHQ's crop: its side is the larger of 4 eye distances and 3.6 eye-to-mouth lengths, here a little wider
-        side = torch.maximum(4.45 * 2 * p["eye_x"], 3.75 * p["mouth"])
+        side = torch.maximum(4.65 * 2 * p["eye_x"], 3.95 * p["mouth"])
         zoom = (FRAME / side * (1 + 0.05 * v.zoom))
         roll = v.roll * 0.16
-        target = torch.stack((64 + 2.5 * v.shift_x, 56 + 2.5 * v.shift_y), -1)[:, 0]
+        target = torch.stack((64 + 2.5 * v.shift_x, 58 + 2.5 * v.shift_y), -1)[:, 0]
         eyes = points[:, :2].mean(1, keepdim=True)
         return cls(zoom, torch.cos(roll), torch.sin(roll), eyes, target)
 
