@@ -6,7 +6,7 @@ import torch
 class ProbeImage:
     """Pictures that no stock node makes."""
 
-    KINDS = ("nan", "grey", "rgba", "empty")
+    KINDS = ("nan", "grey", "rgba", "pair", "empty")
     CATEGORY, FUNCTION, RETURN_TYPES = "probe", "make", ("IMAGE",)
 
     @classmethod
@@ -21,6 +21,8 @@ class ProbeImage:
             image = image.mean(-1, keepdim=True)
         elif kind == "rgba":
             image = torch.cat([image, torch.full_like(image[..., :1], 0.5)], -1)
+        elif kind == "pair":
+            image = torch.cat(list(image), 1)[None]
         else:
             image = image[:0]
         return (image,)

@@ -1,0 +1,189 @@
+"""What a user can get wrong: one clear sentence each, and the server goes on."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ridfr_core.adapter import IdentityAdapter
+from tools.server import PromptError
+
+
+def node(class_name, **inputs):
+    return {"class_type": class_name, "inputs": inputs}
+
+
+def graph(**nodes):
+    """Nodes by name; PORTRAITS, the nano models and the face model are there for all to use."""
+    return {
+        "portraits": node("RIDFR_NanoPortraits", first_person=0, people=2, view=1),
+        "nano": node("RIDFR_LoadNanoModels"),
+        "face": node("RIDFR_LoadFaceModel", pack="nano"),
+        **nodes,
+    }
+
+
+PORTRAITS, MODEL, CLIP, CLIP_VISION, FACE = ["portraits", 0], ["nano", 0], ["nano", 1], ["nano", 3], ["face", 0]
+MANY = "each photo is another person"
+
+
+def extract(images, **nodes):
+    """Extract Identity from `images`, the output of one of the further nodes or PORTRAITS."""
+    extractor = node("RIDFR_ExtractIdentity", face_model=FACE, clip_vision=CLIP_VISION, images=images, batch=MANY)
+    return graph(identity=extractor, end=node("PreviewAny", source=["identity", 0]), **nodes)
+
+
+def colour(size, color):
+    return node("EmptyImage", width=size, height=size, batch_size=1, color=color)
+
+
+def probe(kind):
+    return node("ProbeImage", image=PORTRAITS, kind=kind)
+
+
+def fails(client, graph, sentence):
+    """The graph fails with this sentence, alone; the next one runs."""
+    with pytest.raises(PromptError, match=sentence) as failure:
+        client.run(graph)
+    message = failure.value.details["exception_message"].strip()
+    assert "\n" not in message and message.endswith("."), message
+    client.run({"1": colour(8, hash(sentence) % 2**24), "2": node("PreviewImage", images=["1", 0])})
+
+
+# Pictures
+
+
+@pytest.mark.parametrize(
+    "image, sentence",
+    [
+        (colour(128, 0x808080), "No face was found in reference image 1: use a sharper photo"),
+        (probe("pair"), "2 faces were found in reference image 1: crop it to the one person"),
+        (colour(16, 0x808080), "Reference image 1 has only 16x16 pixels"),
+        (colour(128, 0), "Reference image 1 is completely black"),
+        (probe("nan"), "Reference image 2 has pixels that are not numbers"),
+        (probe("empty"), "There is no reference image: connect at least one"),
+    ],
+    ids=["no face", "two faces", "16x16", "black", "nan", "empty"],
+)
+def test_reference_photos(client, image, sentence):
+    fails(client, extract(["photo", 0], photo=image), sentence)
+
+
+@pytest.mark.parametrize("kind", ["grey", "rgba"])
+def test_grey_and_rgba_are_taken(client, kind):
+    client.run(extract(["photo", 0], photo=probe(kind)))
+
+
+def test_nan_in_an_image_to_fix(client):
+    fix = node("RIDFR_ColorFix", image=["photo", 0], color_from=PORTRAITS, method="wavelet", levels=5)
+    bad = graph(photo=probe("nan"), fix=fix, end=node("PreviewImage", images=["fix", 0]))
+    fails(client, bad, "Restored image 2 has pixels that are not numbers")
+
+
+def test_images_of_different_number(client):
+    three = node("RIDFR_NanoPortraits", first_person=0, people=3, view=1)
+    compare = node("RIDFR_CompareIdentity", face_model=FACE, image_a=PORTRAITS, image_b=["three", 0])
+    fails(client, graph(three=three, compare=compare), "The first input has 2 images and the second has 3")
+
+
+def test_people_and_latents_of_different_number(client):
+    bad = extract(
+        PORTRAITS,
+        adapter=node("RIDFR_LoadIdentityAdapter", file="nano", version="auto"),
+        apply=apply_identity(),
+        prompt=node("CLIPTextEncode", text="", clip=CLIP),
+        latent=node("EmptyLatentImage", width=128, height=128, batch_size=3),
+        sampler=node(
+            "KSampler",
+            model=["apply", 0],
+            positive=["prompt", 0],
+            negative=["prompt", 0],
+            latent_image=["latent", 0],
+            seed=1,
+            steps=2,
+            cfg=1.0,
+            sampler_name="uni_pc_bh2",
+            scheduler="normal",
+            denoise=1.0,
+        ),
+        image=node("SaveLatent", samples=["sampler", 0], filename_prefix="bad"),
+    )
+    fails(client, bad, "The identity has 2 people but the latent batch has 3 images")
+
+
+def apply_identity():
+    return node(
+        "RIDFR_ApplyIdentity",
+        model=MODEL,
+        adapter=["adapter", 0],
+        identity=["identity", 0],
+        strength=1.0,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
+
+
+# Files
+
+
+class Code:
+    """A pickle of this makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def truncated(path):
+    save_file({"image_proj.norm.weight": torch.zeros(64)}, path)
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def with_code(path):
+    path.write_bytes(pickle.dumps({"image_proj": Code(path.with_suffix(".ran"))}))
+
+
+def lora(path):
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(4, 4)}, path)
+
+
+def ordinary_controlnet(path):
+    names = ("control_model.zero_convs.0.0.weight", "control_model.input_hint_block.0.weight")
+    save_file({name: torch.zeros(4, 4, 1, 1) for name in names}, path)
+
+
+LOADERS = {"ipadapter": "RIDFR_LoadIdentityAdapter", "controlnet": "RIDFR_LoadContentControlNet"}
+
+
+@pytest.mark.parametrize("folder", LOADERS)
+@pytest.mark.parametrize(
+    "make, name, sentence",
+    [
+        (truncated, "cut.safetensors", "'cut.safetensors' is damaged or cut short .*download it again"),
+        (with_code, "code.pt", "'code.pt' holds more than weights, and code in it could run .* refused"),
+        (lora, "lora.safetensors", "'lora.safetensors' holds a LoRA .*but this needs"),
+        (ordinary_controlnet, "canny.safetensors", "'canny.safetensors' holds an ordinary ControlNet .*but this needs"),
+    ],
+    ids=["truncated", "pickle with code", "lora", "ordinary controlnet"],
+)
+def test_weight_files(client, server, folder, make, name, sentence):
+    path = server.base / "models" / folder / name
+    path.parent.mkdir(exist_ok=True)
+    make(path)
+    version = {"version": "auto"} if folder == "ipadapter" else {}
+    loader = node(LOADERS[folder], file=name, **version)
+    fails(client, {"loader": loader, "end": node("PreviewAny", source=["loader", 0])}, sentence)
+    assert not path.with_suffix(".ran").exists(), "code in the pickle was run"
+
+
+def test_sdxl_adapter_on_an_sd15_model(client, server):
+    path = server.base / "models" / "ipadapter" / "sdxl.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    save_file(IdentityAdapter((64,) * 70, dim=64, clip_dim=128, depth=1).state_dict(), path)
+    adapter = node("RIDFR_LoadIdentityAdapter", file=path.name, version="auto")
+    bad = extract(PORTRAITS, adapter=adapter, apply=apply_identity(), model=node("PreviewAny", source=["apply", 0]))
+    fails(client, bad, r"The adapter sdxl.safetensors is for SDXL .* but the model is for SD1.5")
