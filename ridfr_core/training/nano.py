@@ -5,6 +5,7 @@ into `ridfr_core/nano/weights/`. A newer network makes those trained on it stale
 (`WORK/NAME.pt`) to train them again.
 """
 
+import copy
 import json
 import os
 from functools import cached_property
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..content import controlnet_to_ldm
 from ..layouts import unet_to_ldm, vae_to_ldm
 from ..nano import WEIGHTS
-from ..nano.config import CLIP_VISION, HEADS, PREDICTION
+from ..nano.config import HEADS, PREDICTION
 from ..recognition import load_iresnet
 from . import nano_diffusion, nano_figures, nano_vae, nano_vision
 from .portrait_data import portrait_set
@@ -62,6 +63,12 @@ class NanoTraining:
     def adapter(self):
         return nano_diffusion.train_adapter(self.work, self.material, self.unet)
 
+    @cached_property
+    def aligned(self):
+        return nano_diffusion.train_aligned(
+            self.work, self.material, self.unet, self.adapter, copy.deepcopy(self.content)
+        )
+
     def export_checkpoint(self) -> None:
         """UNet, VAE and text encoder as one file in SD1.5's layout, half precision.
 
@@ -76,11 +83,10 @@ class NanoTraining:
 
     def export_vision(self) -> None:
         save("clip_vision.safetensors", self.vision.state_dict(), {})
-        (WEIGHTS / "clip_vision.json").write_text(json.dumps({"model_type": "clip_vision_model", **CLIP_VISION}, indent=2))
 
-    def export_content(self) -> None:
-        save("content_controlnet.safetensors", controlnet_to_ldm(self.content.state_dict()),
-             nano_diffusion.SPEC.to_metadata())
+    def export_content(self, content) -> None:
+        tensors = controlnet_to_ldm(content.state_dict())
+        save("content_controlnet.safetensors", tensors, nano_diffusion.SPEC.to_metadata())
 
     def export_adapter(self) -> None:
         save("identity_adapter.safetensors", self.adapter.state_dict(), {})
@@ -90,8 +96,9 @@ STAGES = {
     "vae": lambda nano: nano.vae,
     "vision": lambda nano: nano.export_vision(),
     "base": lambda nano: nano.export_checkpoint(),
-    "content": lambda nano: nano.export_content(),
+    "content": lambda nano: nano.export_content(nano.content),
     "adapter": lambda nano: nano.export_adapter(),
+    "align": lambda nano: nano.export_content(nano.aligned),
     "figures": lambda nano: nano_figures.write(nano, nano.work),
 }
 

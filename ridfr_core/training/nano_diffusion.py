@@ -4,6 +4,7 @@ Everything that stays fixed (latents, embeddings, CLIP features) is computed ahe
 every step. The networks are diffusers' own, so what is trained here has the layout of the real models.
 """
 
+import copy
 from functools import cached_property
 
 import torch
@@ -20,9 +21,10 @@ from . import nano_vision
 from .loop import Recipe, Run
 from .portrait_data import PortraitSet
 
-BASE = Recipe(steps=4000, batch=32, lr=8e-4)
-ADAPT = Recipe(steps=3000, batch=32, lr=5e-4)
-CONTENT = Recipe(steps=3000, batch=32, lr=5e-4)
+BASE = Recipe(steps=2600, batch=32, lr=8e-4)
+ADAPT = Recipe(steps=2500, batch=32, lr=5e-4)
+CONTENT = Recipe(steps=2500, batch=32, lr=5e-4)
+ALIGN = Recipe(steps=1000, batch=16, lr=2e-4)
 
 SEVERE = DegradationRange(sigma=(2.0, 4.0), ratio=(6.0, 10.0), noise=(5.0, 15.0), quality=(40, 80))
 SPEC = ContentSpec(value_range="-1..1", kernel="area", base="nano")
@@ -181,6 +183,12 @@ class Noised:
         self.z = noise_schedule.add_noise(latents, noise, self.t)
         self.target = noise_schedule.get_velocity(latents, noise, self.t)
 
+    def repeat(self, times: int) -> "Noised":
+        """The same noised latents several times over."""
+        other = copy.copy(self)
+        other.z, other.t, other.target = (torch.cat([x] * times) for x in (self.z, self.t, self.target))
+        return other
+
 
 def predict(unet, content, noised: Noised, lq: Tensor | None = None, identity=None) -> Tensor:
     """The UNet's prediction with either, both or none of the two conditions."""
@@ -242,4 +250,39 @@ def train_content(run_folder, material: Material, unet: nn.Module, recipe: Recip
         return F.mse_loss(guess.float(), noised.target)
 
     Run(run_folder, "content", content, recipe).train(loss)
+    return content.requires_grad_(False).eval()
+
+
+def train_aligned(
+    run_folder, material: Material, unet: nn.Module, adapter: IdentityAdapter, content: nn.Module,
+    recipe: Recipe = ALIGN, strength: float = 1.0,
+) -> nn.Module:
+    """RIDFR Eq. 4-6, Alignment Learning: one LQ face, one noise, two references of the person, one answer.
+
+    Only the content module learns. `strength` is the paper's lambda; the difference is taken between what the network
+    predicts (here v), as the diffusion loss is. Now and then no reference is shown, to keep the blind restoration.
+    """
+    torch.manual_seed(recipe.seed)
+    noise_schedule, views = schedule(), material.portraits.views
+    let_identity_in(unet)
+    content.requires_grad_(True)
+
+    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict]:
+        rows = material.rows(recipe, generator)
+        turns = torch.rand(recipe.batch, views - 1, generator=generator).argsort(1)[:, :2] + 1
+        references = (rows - rows % views)[:, None] + (rows[:, None] + turns) % views  # two other views of the person
+        nobody = torch.rand(recipe.batch, generator=generator) < 0.2
+        noised = Noised(material.latents[rows].float(), noise_schedule, generator)
+        twice, lq = noised.repeat(2), material.lq(rows, generator).repeat(2, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                tokens = adapter.tokens(*material.identity(references.T.flatten(), nobody.repeat(2)))
+                identity = adapter.keys_values(tokens)
+            guess = predict(unet, content, twice, lq, identity).float()
+        diffusion = F.mse_loss(guess, twice.target)
+        first, second = guess.chunk(2)
+        alignment = F.mse_loss(first, second)
+        return diffusion + strength * alignment, {"alignment": alignment.item()}
+
+    Run(run_folder, f"aligned-{strength:g}", content, recipe).train(loss)
     return content.requires_grad_(False).eval()

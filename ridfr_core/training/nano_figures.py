@@ -10,8 +10,8 @@ from ..degradation import degrade
 from ..face_model import load_face_model
 from ..faces import align
 from ..nano import WEIGHTS
+from ..nano.config import LATENT_SCALE
 from ..recognition import embed
-from . import nano_vae
 from .nano_diffusion import SEVERE, SPEC, Material, empty_prompt, latents_of, let_identity_in, prepare_lq, schedule
 from .portrait_data import portrait_set
 
@@ -41,8 +41,6 @@ def sample(unet, content, lq: Tensor, identity=None, seed: int = 0) -> Tensor:
 
 def decode(vae: nn.Module, latents: Tensor) -> Tensor:
     """Images [B,3,H,W] in [0,1]."""
-    from ..nano.config import LATENT_SCALE
-
     with torch.no_grad():
         return (vae.decode(latents / LATENT_SCALE).sample / 2 + 0.5).clamp(0, 1)
 
@@ -52,7 +50,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return -10 * (a - b).square().mean((1, 2, 3)).log10()
 
 
-def measure(nano, work: Path, split: str = "test") -> tuple[dict, dict[str, Tensor]]:
+def measure(nano, content: nn.Module, work: Path, split: str = "test") -> tuple[dict, dict[str, Tensor]]:
     """Restore `PEOPLE` held-out faces blindly, with the right and with a wrong person's photo.
 
     Returns the figures and the pictures they were measured on. Similarity is by the judge, which shares neither
@@ -77,7 +75,7 @@ def measure(nano, work: Path, split: str = "test") -> tuple[dict, dict[str, Tens
 
     conditions = {"blind": None, "ridfr": identity(truth_rows + 1), "wrong": identity((truth_rows + 1).roll(2))}
     for name, condition in conditions.items():
-        pictures[name] = decode(nano.vae, sample(unet, nano.content, prepared, condition))
+        pictures[name] = decode(nano.vae, sample(unet, content, prepared, condition))
     pictures["vae"] = decode(nano.vae, latents_of(nano.vae, truth))
 
     figures = {}
@@ -96,7 +94,9 @@ def write(nano, work: Path) -> None:
     """Measure and keep the figures in `weights/figures.json`, and a sheet of pictures in the work folder."""
     from torchvision.utils import save_image
 
-    figures, pictures = measure(nano, work)
+    figures = {}
+    for name, content in {"content": nano.content, "aligned": nano.aligned}.items():
+        figures[name], pictures = measure(nano, content, work)
     print(json.dumps(figures, indent=1))
     (WEIGHTS / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     order = ("lq", "blind", "ridfr", "truth", "reference", "wrong", "vae")

@@ -44,7 +44,7 @@ class PortraitSet:
         path = self.folder / f"{name}-{fingerprint(net)}.npy"
         if not path.exists():
             parts = []
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
                 for rows in torch.arange(len(self)).split(CHUNK):
                     parts.append(compute(self.batch(rows), self.landmarks[rows]).half())
             _write(path, lambda file: np.save(file, torch.cat(parts).numpy()))
