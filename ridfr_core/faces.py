@@ -89,11 +89,11 @@ class Detector:
     MARGINS = (0.0, 0.25, 0.5)
     SIZES = (640, 320, 160)
 
-    def __init__(self, path: str | Path, threshold: float = 0.5, providers: tuple[str, ...] = ("CPUExecutionProvider",)):
+    def __init__(self, path: str | Path, threshold: float = 0.5):
         import onnxruntime
         from insightface.model_zoo.scrfd import SCRFD
 
-        session = onnxruntime.InferenceSession(str(path), providers=list(providers))
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         self._scrfd = SCRFD(model_file=str(path), session=session)
         self._scrfd.det_thresh = threshold
 

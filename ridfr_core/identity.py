@@ -53,7 +53,7 @@ def reference_faces(face_model: FaceModel, images: Tensor, what: str = "referenc
     """Landmarks [B,5,2] of the one face in each image [B,3,H,W], RGB in [0,1].
 
     Faces much smaller than the largest (passers-by) are ignored.
-    Raises IdentityError, naming the image by `what` and its index (from 1), for no face, several faces, or one too small.
+    Raises IdentityError for no face, several faces or one too small; it names the image by `what` and its index from 1.
     """
     return torch.stack([_one_face(face_model.detector.detect(image), f"{what} {index}")
                         for index, image in enumerate(images, 1)])

@@ -1,0 +1,1 @@
+"""Training: data sets, losses and stages. Nothing here is imported when restoring."""

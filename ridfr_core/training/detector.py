@@ -1,0 +1,296 @@
+"""Train the nano detector: five landmarks per face, in the ONNX layout of insightface's SCRFD.
+
+    python -m ridfr_core.training.detector --work FOLDER
+
+Guo et al., "Sample and Computation Redistribution for Efficient Face Detection", ICLR 2022. Anchors are points: the
+location (i, j) of a map of stride s stands for the pixel (s i, s j), twice, for a smaller and a larger face. Per anchor
+the network gives a score, the distances to the box's sides and the offsets of the landmarks, in units of the stride.
+Scenes are made of portraits at all scales, some degraded. The figures go to `recognition.json` under "detector": steps,
+seconds, loss, parameters; found and landmark_error on held-out test portraits of 128 px, by `faces.Detector` and, with
+"_insightface", by FaceAnalysis as it comes: the share of portraits where one face was found, and the mean distance of
+the landmarks from the truth over the distance of the eyes.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..degradation import DegradationRange, degrade
+from ..faces import ARCFACE_TEMPLATE, Detector, similarity_transform, warp
+from ..nano import WEIGHTS
+from ..nano.config import PORTRAIT
+from .loop import Recipe, Run
+from .portrait_data import PortraitSet, portrait_set
+from .recogniser import recalibrate, record
+
+STRIDES = (8, 16, 32)
+SIDES = ((16, 32), (64, 128), (256, 512))  # face sizes (geometric mean of box width and height) of the anchors
+VALUES = 15  # score, box, landmarks
+BOX = torch.tensor([[12.0, 4.0], [100.0, 116.0]])  # of an upright face, where its landmarks are ARCFACE_TEMPLATE
+CANVASES = (128, 128, 128, 192, 256, 640)  # one is drawn per step
+PIXELS = 640 * 640  # per step
+DAMAGE = DegradationRange(sigma=(0.2, 3), ratio=(1, 6), noise=(0, 15), quality=(40, 100))
+FILE = "insightface/models/nano/det_nano.onnx"
+RECIPE = Recipe(steps=3000, batch=0, lr=3e-3, ema=0.995)  # the batch depends on the canvas
+
+
+def _conv(channels_in: int, channels: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels_in, channels, 3, stride, dilation, dilation, bias=False),
+                         nn.BatchNorm2d(channels), nn.ReLU())
+
+
+class DetectorNet(nn.Module):
+    """Convolutions down to stride 32, a pyramid back up to stride 8, one head per stride.
+
+    Maps images [B,3,H,W], RGB, (x - 127.5) / 128 of 0..255, sides multiples of 32, to a list over strides of
+    [B, 2 H W / s^2, 15]: score logit, box and landmark distances in strides.
+    """
+
+    def __init__(self, widths=(12, 24, 32, 48, 64), pyramid: int = 40):
+        super().__init__()
+        stem, quarter, *rest = widths
+        self.stem = nn.Sequential(_conv(3, stem, 2), _conv(stem, quarter, 2))
+        self.stages = nn.ModuleList([
+            nn.Sequential(_conv(quarter, rest[0], 2), _conv(rest[0], rest[0])),
+            nn.Sequential(_conv(rest[0], rest[1], 2), _conv(rest[1], rest[1])),
+            # dilation lets the coarsest map see a face that fills a frame of 640
+            nn.Sequential(_conv(rest[1], rest[2], 2), *(_conv(rest[2], rest[2], dilation=d) for d in (1, 2, 4)))])
+        self.laterals = nn.ModuleList(nn.Conv2d(width, pyramid, 1) for width in rest)
+        self.heads = nn.ModuleList(
+            nn.Sequential(_conv(pyramid, pyramid), nn.Conv2d(pyramid, 2 * VALUES, 1)) for _ in STRIDES)
+        for head in self.heads:
+            nn.init.constant_(head[1].bias.data[::VALUES], -4.0)  # faces are rare
+        for stride, sides in zip(STRIDES, SIDES):  # brings the distances to the order of 1
+            unit = torch.tensor([[1.0] + [side / stride] * (VALUES - 1) for side in sides])
+            self.register_buffer(f"unit{stride}", unit.view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.stem(x)
+        maps = []
+        for stage, lateral in zip(self.stages, self.laterals):
+            x = stage(x)
+            maps.append(lateral(x))
+        for level in (1, 0):
+            maps[level] = maps[level] + F.interpolate(maps[level + 1], scale_factor=2.0, mode="nearest")
+        values = [head(m) * getattr(self, f"unit{s}") for head, m, s in zip(self.heads, maps, STRIDES)]
+        return [v.permute(0, 2, 3, 1).reshape(v.shape[0], -1, VALUES) for v in values]
+
+
+class ScrfdOutputs(nn.Module):
+    """The network as SCRFD's ONNX files have it: one image in; scores, boxes, landmarks of each stride out."""
+
+    def __init__(self, net: DetectorNet):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        values = [v.reshape(-1, VALUES) for v in self.net(x)]
+        return (*(v[:, :1].sigmoid() for v in values), *(v[:, 1:5] for v in values), *(v[:, 5:] for v in values))
+
+
+def export_onnx(net: DetectorNet, path: Path) -> None:
+    """Write a detector that insightface's SCRFD class reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES]
+    axes = {"input.1": {2: "height", 3: "width"}, **{name: {0: f"anchors_{name[-2:]}"} for name in names}}
+    torch.onnx.export(ScrfdOutputs(net).eval(), (torch.zeros(1, 3, 128, 128),), str(path), input_names=["input.1"],
+                      output_names=names, dynamic_axes=axes, opset_version=11, dynamo=False)
+
+
+def anchors(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(points [A,2], strides [A], sides [A]) of all anchors of a square input, in the order of the outputs."""
+    points, strides, sides = [], [], []
+    for stride, pair in zip(STRIDES, SIDES):
+        axis = torch.arange(size // stride) * float(stride)
+        y, x = torch.meshgrid(axis, axis, indexing="ij")
+        grid = torch.stack([x, y], -1).view(-1, 1, 2).expand(-1, 2, 2).reshape(-1, 2)
+        points.append(grid)
+        strides.append(torch.full((len(grid),), float(stride)))
+        sides.append(torch.tensor(pair, dtype=torch.float32).repeat(len(grid) // 2))
+    return torch.cat(points), torch.cat(strides), torch.cat(sides)
+
+
+def face_boxes(landmarks: Tensor) -> Tensor:
+    """Boxes [...,4] around the heads that landmarks [...,5,2] belong to: the template's box, moved and scaled."""
+    flat = landmarks.reshape(-1, 5, 2)
+    matrix = similarity_transform(ARCFACE_TEMPLATE.expand_as(flat), flat)
+    scale = torch.linalg.det(matrix[:, :, :2]).sqrt()[:, None]
+    centre = (matrix[:, :, :2] @ BOX.mean(0) + matrix[:, :, 2])
+    half = scale * (BOX[1] - BOX[0]) / 2
+    return torch.cat([centre - half, centre + half], 1).view(*landmarks.shape[:-2], 4)
+
+
+def detection_loss(outputs: list[Tensor], landmarks: Tensor, present: Tensor, size: int) -> Tensor:
+    """Focal loss of the scores plus L1 of boxes and landmarks relative to the face's size.
+
+    landmarks: [B,K,5,2] px of up to K faces; present: [B,K] bool. An anchor is positive for a face of its size (within
+    a factor of 1.7) whose centre is within a stride; up to two strides it counts neither way.
+    """
+    values = torch.cat(outputs, 1).float()
+    points, strides, sides = anchors(size)
+    boxes = face_boxes(landmarks)
+    side = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt()
+    away = (points - (boxes[..., None, :2] + boxes[..., None, 2:]) / 2).abs().amax(-1) / strides  # [B,K,A]
+    misfit = (sides.log2() - side.clamp(SIDES[0][0], SIDES[-1][-1]).log2()[..., None]).abs()
+    away = torch.where((misfit < 0.77) & present[..., None], away, math.inf)
+    nearest, which = away.min(1)  # [B,A]
+    positive, certain = nearest < 1, (nearest < 1) | (nearest > 2)
+
+    score = values[..., 0]
+    probability = score.sigmoid()
+    wrong = torch.where(positive, 1 - probability, probability)
+    focal = F.binary_cross_entropy_with_logits(score, positive.float(), reduction="none") * wrong.square()
+    count = positive.sum().clamp(min=1)
+
+    image, anchor = positive.nonzero(as_tuple=True)
+    face = which[image, anchor]
+    found = values[image, anchor, 1:] * strides[anchor, None]
+    box, point = boxes[image, face], points[anchor]
+    target = torch.cat([point - box[:, :2], box[:, 2:] - point,
+                        (landmarks[image, face] - point[:, None]).flatten(1)], 1)
+    error = (found - target).abs() / side[image, face][:, None]
+    return (focal * certain).sum() / count + 2 * error[:, :4].sum() / count + 4 * error[:, 4:].sum() / count
+
+
+def scene(portraits: PortraitSet, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Random scenes: images [B,3,size,size] in [0,1], landmarks [B,K,5,2] px, present [B,K].
+
+    Either each holds one portrait that fills the canvas more or less, or up to three at any scale, the later ones in
+    front. Landmarks scale with the image by the plain factor, not about pixel centres: that is how insightface maps
+    them back.
+    """
+    batch = PIXELS // size**2
+    alone = torch.rand(1, generator=generator).item() < 0.6
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(batch, *shape, generator=generator)
+
+    # padding is black: a share of the backgrounds is too
+    colour = uniform(0, 1, 3, 1, 1) * (uniform(0, 1, 1, 1, 1) < 0.7)
+    canvas = F.interpolate(colour * uniform(0.5, 1, 3, 5, 5), (size, size), mode="bilinear")
+    landmarks, present = torch.zeros(batch, 0, 5, 2), torch.zeros(batch, 0, dtype=torch.bool)
+    for _ in range(1 if alone else 3):
+        images, points = _portraits(portraits, batch, generator)
+        if alone:
+            side, at = uniform(0.6, 1.1) * size, 0.5 + uniform(-0.15, 0.15, 2)
+        else:
+            side, at = 48 * (1.2 * size / 48) ** uniform(0, 1), uniform(-0.1, 1.1, 2)
+        linear, shift = _placement(side, at * (size - side)[:, None], uniform(-0.4, 0.4) * uniform(0, 1))
+        used = uniform(0, 1) < (0.97 if alone else 0.6)
+        centres = shift + linear.sum(2, keepdim=True) / 2 - 0.5  # pixel centres lie half a pixel inside
+        placed = warp(F.pad(images, (0, 0, 0, 0, 0, 1), value=1.0), torch.cat([linear, centres], 2), size)
+        placed = placed * used.view(-1, 1, 1, 1)
+        mask = placed[:, 3:]
+        canvas = canvas * (1 - mask) + placed[:, :3]
+        points = points @ linear.transpose(1, 2) + shift.transpose(1, 2)
+        inside = ((points > 0) & (points < size)).all(-1).sum(1) >= 4
+        present = torch.cat([present & ~_covered(landmarks, mask), (used & inside)[:, None]], 1)
+        landmarks = torch.cat([landmarks, points[:, None]], 1)
+    canvas = canvas * uniform(0.7, 1.2, 3, 1, 1) + uniform(-0.1, 0.1, 1, 1, 1)
+    return canvas.clamp(0, 1), landmarks, present
+
+
+def _placement(side: Tensor, corner: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """(linear [B,2,2], shift [B,2,1]) that put a portrait into a square of that side and corner, turned on the spot."""
+    scale = (side / PORTRAIT).view(-1, 1, 1)
+    linear = scale * torch.stack([torch.stack([angle.cos(), -angle.sin()], 1),
+                                  torch.stack([angle.sin(), angle.cos()], 1)], 1)
+    middle = torch.full((2, 1), PORTRAIT / 2)
+    return linear, corner[..., None] + scale * middle - linear @ middle
+
+
+def _covered(landmarks: Tensor, mask: Tensor) -> Tensor:
+    """Whether any landmark [B,K,5,2] lies under a mask [B,1,S,S]."""
+    batch, faces = landmarks.shape[:2]
+    at = landmarks.round().long().clamp(0, mask.shape[-1] - 1).view(batch, -1, 2)
+    under = mask[torch.arange(batch)[:, None], 0, at[..., 1], at[..., 0]] > 0
+    return under.view(batch, faces, 5).any(2)
+
+
+def _portraits(portraits: PortraitSet, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(images, landmarks) of random portraits, a third of them degraded."""
+    rows = torch.randint(len(portraits), (count,), generator=generator)
+    images = portraits.batch(rows)
+    damaged = torch.rand(count, generator=generator) < 1 / 3
+    if damaged.any():
+        drawn = DAMAGE.draw(int(damaged.sum()), generator)
+        images[damaged] = degrade(images[damaged], **drawn, generator=generator)
+    return images, portraits.landmarks[rows]
+
+
+def landmark_error(found: Tensor, truth: Tensor) -> float:
+    """Mean distance [.,5,2] over the distance of the true eyes."""
+    eyes = (truth[:, 1] - truth[:, 0]).norm(dim=-1)
+    return ((found - truth).norm(dim=-1).mean(1) / eyes).mean().item()
+
+
+def evaluate(pack: Path, portraits: PortraitSet) -> dict[str, float]:
+    """Share of portraits with one face found and the landmark error there, by our Detector and by insightface."""
+    from insightface.app import FaceAnalysis
+
+    ours = Detector(pack / "det_nano.onnx")
+    theirs = FaceAnalysis(name=str(pack), allowed_modules=["detection"], providers=["CPUExecutionProvider"])
+    theirs.prepare(ctx_id=-1)
+    figures = {}
+    for suffix, detect in (("", lambda row: [face.landmarks for face in ours.detect(portraits.batch(row)[0])]),
+                           ("_insightface", lambda row: _insightface(theirs, portraits.images[row.item()]))):
+        found, truth = [], []
+        for row in torch.arange(len(portraits)).split(1):
+            faces = detect(row)
+            if len(faces) == 1:
+                found.append(faces[0])
+                truth.append(portraits.landmarks[row.item()])
+        figures[f"found{suffix}"] = len(found) / len(portraits)
+        figures[f"landmark_error{suffix}"] = landmark_error(torch.stack(found), torch.stack(truth)) if found else None
+    return figures
+
+
+def _insightface(analysis, image) -> list[Tensor]:
+    return [torch.from_numpy(face.kps) for face in analysis.get(image[::-1].transpose(1, 2, 0).copy())]
+
+
+def train_detector(work: Path, steps: int | None = None, threads: int = 1) -> dict:
+    """Train the detector, write its ONNX file and its figures; returns the figures.
+
+    work: folder for portraits and checkpoints; a run that was interrupted goes on from there. steps: instead of the
+    recipe's.
+    """
+    torch.set_num_threads(threads)
+    recipe = RECIPE if steps is None else Recipe(**{**vars(RECIPE), "steps": steps})
+    torch.manual_seed(recipe.seed)
+    portraits = portrait_set(work, "train", 3000, 8)
+    net = DetectorNet()
+    run = Run(work, "detector", net, recipe)
+
+    def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, int]:
+        size = CANVASES[torch.randint(len(CANVASES), (1,), generator=generator)]
+        images, landmarks, present = scene(portraits, size, generator)
+        return (images * 255 - 127.5) / 128, landmarks, present, size
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        images, landmarks, present, size = batch(generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = net(images)
+        return detection_loss(outputs, landmarks, present, size)
+
+    run.train(loss)
+    recalibrate(net, [batch(recipe.generator(-1 - index))[0] for index in range(40)])
+    export_onnx(net, WEIGHTS / FILE)
+    figures = {"steps": run.step, "seconds": round(run.seconds), "loss": run.history[-1]["loss"],
+               "parameters": sum(p.numel() for p in net.parameters()),
+               **evaluate((WEIGHTS / FILE).parent, portrait_set(work, "test", 200, 2))}
+    record("detector", figures)
+    return figures
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train the nano detector.")
+    parser.add_argument("--work", type=Path, required=True, help="folder for portraits and checkpoints")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    print(train_detector(arguments.work, arguments.steps, arguments.threads))

@@ -1,0 +1,97 @@
+"""Packs as insightface has them: read by us and by insightface itself."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from insightface.app import FaceAnalysis
+
+from ridfr_core.face_model import OnnxRecogniser, load_face_model
+from ridfr_core.faces import align
+from ridfr_core.nano import WEIGHTS
+from ridfr_core.nano.portraits import SPLITS, render
+from ridfr_core.recognition import FaceModelError, IResNet, embed
+from ridfr_core.training import detector, recogniser
+
+NANO, JUDGE = (WEIGHTS / "insightface" / "models" / name for name in ("nano", "nano_judge"))
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """Untrained networks in the layout of a published pack."""
+    folder = tmp_path_factory.mktemp("models") / "random"
+    detector.export_onnx(detector.DetectorNet(), folder / "det.onnx")
+    recogniser.export_onnx(recogniser.iresnet((1, 1, 1, 1), (8, 8, 8, 8)), folder / "rec.onnx")
+    return folder
+
+
+def test_untrained_pack_loads_in_both(pack):
+    model = load_face_model(pack)
+    assert isinstance(model.recogniser, IResNet)
+    assert (model.name, len(model.digest)) == ("random", 64)
+    analysis = FaceAnalysis(name=str(pack), providers=["CPUExecutionProvider"])
+    assert sorted(analysis.models) == ["detection", "recognition"]
+    analysis.prepare(ctx_id=-1)
+    analysis.get(np.zeros((90, 128, 3), np.uint8))
+
+
+def test_folder_in_folder(pack, tmp_path):
+    shutil.copytree(pack, tmp_path / "antelopev2" / "antelopev2")
+    assert load_face_model(tmp_path / "antelopev2").digest == load_face_model(pack).digest
+
+
+@pytest.mark.parametrize("missing", ["det", "rec"])
+def test_missing_network(pack, tmp_path, missing):
+    shutil.copytree(pack, tmp_path / "half")
+    (tmp_path / "half" / f"{missing}.onnx").unlink()
+    with pytest.raises(FaceModelError, match="has no .*half|half.* has no"):
+        load_face_model(tmp_path / "half")
+
+
+def test_damaged_file_is_named(pack, tmp_path):
+    shutil.copytree(pack, tmp_path / "cut")
+    data = (tmp_path / "cut" / "rec.onnx").read_bytes()
+    (tmp_path / "cut" / "rec.onnx").write_bytes(data[:len(data) // 2])
+    with pytest.raises(FaceModelError, match="rec.onnx"):
+        load_face_model(tmp_path / "cut")
+
+
+def test_another_architecture_runs_in_onnxruntime(pack, tmp_path):
+    shutil.copytree(pack, tmp_path / "plain")
+    net = recogniser.plain_net()
+    recogniser.export_onnx(net, tmp_path / "plain" / "rec.onnx")
+    model = load_face_model(tmp_path / "plain")
+    assert isinstance(model.recogniser, OnnxRecogniser)
+    crops = torch.rand(3, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(embed(model.recogniser, crops), embed(net.eval(), crops), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("folder", [NANO, JUDGE])
+def test_nano_embeds_as_insightface_does(folder):
+    """The same portrait through FaceAnalysis (8-bit, OpenCV, onnxruntime) and through our code."""
+    portraits = render(torch.arange(4) + SPLITS["test"].start, torch.ones(4, dtype=torch.long))
+    model = load_face_model(folder)
+    analysis = FaceAnalysis(name=str(folder), providers=["CPUExecutionProvider"])
+    analysis.prepare(ctx_id=-1, det_size=(128, 128))
+    for image in portraits.image:
+        bgr = (image * 255).round().byte().numpy()[::-1].transpose(1, 2, 0).copy()
+        theirs = analysis.get(bgr)[0]
+        ours = model.detector.detect(image)[0]
+        np.testing.assert_allclose(ours.landmarks, theirs.kps, atol=1e-3)
+        embedding = embed(model.recogniser, align(image[None], ours.landmarks[None]))
+        assert F.cosine_similarity(embedding, torch.from_numpy(theirs.embedding)[None]) > 0.99
+
+
+@pytest.mark.parametrize("folder", [NANO, JUDGE])
+def test_nano_tells_people_apart(folder):
+    people, views = 24, 4
+    rows = torch.arange(people * views)
+    portraits = render(SPLITS["test"].start + 100 + rows // views, rows % views)
+    model = load_face_model(folder)
+    points = torch.stack([model.detector.detect(image)[0].landmarks for image in portraits.image])
+    with torch.no_grad():
+        embeddings = embed(model.recogniser, align(portraits.image, points))
+    assert recogniser.verification(embeddings, rows // views)["tar"] > 0.85
