@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .face_model import FaceModel
@@ -28,11 +27,6 @@ class Person:
     embeddings: Tensor
     clip: Tensor | None
     weights: Tensor
-
-    @property
-    def embedding(self) -> Tensor:
-        """[512]: the weighted mean of the embeddings, of unit length again."""
-        return F.normalize((self.weights[:, None] * self.embeddings).sum(0), dim=0)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 
 from ridfr_core.face_model import FaceModel
 from ridfr_core.faces import ARCFACE_TEMPLATE, Face
-from ridfr_core.identity import IdentityError, Person, reference_faces
+from ridfr_core.identity import IdentityError, reference_faces
 
 
 def face(size: float, at: float = 0.0) -> Face:
@@ -50,12 +50,3 @@ def test_errors_name_the_image(second, says):
 def test_errors_use_the_callers_word():
     with pytest.raises(IdentityError, match="photo of Ann 1"):
         landmarks([], what="photo of Ann")
-
-
-def test_mean_embedding_is_weighted_and_of_unit_length():
-    embeddings = torch.nn.functional.normalize(torch.randn(3, 512, generator=torch.Generator().manual_seed(0)))
-    person = Person(embeddings, None, torch.tensor([1.0, 0.0, 0.0]))
-    torch.testing.assert_close(person.embedding, embeddings[0])
-    person = Person(embeddings, None, torch.tensor([1.0, 2.0, 0.5]))
-    torch.testing.assert_close(person.embedding.norm(), torch.tensor(1.0))
-    assert torch.cosine_similarity(person.embedding, embeddings[1], dim=0) > 0.8
