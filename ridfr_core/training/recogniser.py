@@ -117,7 +117,7 @@ class Role:
 
 ROLES = {
     "recogniser": Role(iresnet, arcface, 0.35, 4.0, "train", "insightface/models/nano/rec_nano.onnx", 3000, 8,
-                       Recipe(steps=2500, batch=64, lr=2e-3, ema=0.995, weight_decay=0.05)),
+                       Recipe(steps=1600, batch=64, lr=2e-3, ema=0.995, weight_decay=0.05)),
     "judge": Role(plain_net, cosface, 0.3, 0.0, "judge", "insightface/models/nano_judge/rec_judge.onnx", 1500, 8,
                   Recipe(steps=2000, batch=96, lr=2e-3, ema=0.995, weight_decay=0.05, seed=1)),
 }
