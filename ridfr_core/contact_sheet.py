@@ -9,7 +9,7 @@ MARGIN, GAP = 24, 10  # px
 
 
 def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], similarity: Mapping[str, Sequence[float | None]],
-                  title: str, cell: int = 192) -> Image.Image:
+                  title: str, note: str = "", cell: int = 192) -> Image.Image:
     """Draw the sheet.
 
     columns: name -> one picture per person, in the sheet's order, all columns equally long; each is scaled to
@@ -20,11 +20,12 @@ def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], similarity: Mapp
     if any(len(row) != people for row in (*columns.values(), *similarity.values())):
         raise ValueError(f"Every column of a contact sheet needs {people} entries, one per person.")
     large, small = ImageFont.load_default(26), ImageFont.load_default(18)
-    head, caption = MARGIN + 84, 30
+    head, caption = MARGIN + 110, 40
     width, height = 2 * MARGIN + len(columns) * (cell + GAP) - GAP, head + people * (cell + caption) + MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, INK, large)
+    draw.text((MARGIN, MARGIN + 36), note, PALE, small)
     for column, (name, pictures) in enumerate(columns.items()):
         left = MARGIN + column * (cell + GAP)
         middle = left + cell // 2

@@ -274,10 +274,11 @@ def test_table_has_a_row_per_person_and_the_mean_of_the_faces_found():
 
 
 def test_progress_without_a_terminal_is_a_line_per_node(capsys):
-    follow = demo.Progress({"1": {"class_type": "KSampler"}, "2": {"class_type": "VAEDecode"}})
+    follow = demo.Progress({"1": {"_meta": {"title": "Restore"}, "inputs": {"steps": 19}},
+                            "2": {"_meta": {"title": "VAE Decode"}, "inputs": {}}})
     for value in (0, 10, 20):
         follow("progress_state", {"nodes": {"1": {"value": value, "max": 20, "state": "running"}}})
     follow("progress_state", {"nodes": {"1": {"value": 20, "max": 20, "state": "finished"},
                                         "2": {"value": 0, "max": 1, "state": "running"}}})
     follow("execution_success", {})
-    assert capsys.readouterr().out.split("\n")[:3] == ["[  0%] KSampler", "[ 50%] VAEDecode", "[100%] done"]
+    assert capsys.readouterr().out.split("\n")[:3] == ["[  0%] Restore", "[ 95%] VAE Decode", "[100%] done"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import cache
 from .environment import Bed, prepare, write_lock
-from .server import PACK, Server, device_flags, link_pack
+from .server import CALM_THREADS, PACK, Server, device_flags, link_pack
 from .steps import say
 
 
@@ -39,7 +39,7 @@ def serve(arguments: list[str]) -> int:
 def test(arguments: list[str]) -> int:
     """Run the test suite; further arguments go to pytest."""
     bed = prepare(tests=True)
-    os.environ.update(RIDFR_COMFYUI=str(bed.tree), RIDFR_COMFYUI_OLDEST=str(bed.oldest))
+    os.environ.update(CALM_THREADS | os.environ, RIDFR_COMFYUI=str(bed.tree), RIDFR_COMFYUI_OLDEST=str(bed.oldest))
     return become([bed.python, "-m", "pytest", *arguments])
 
 

@@ -102,14 +102,16 @@ def draw(pictures: dict, similarity: dict[str, list[float | None]], sheet: Path)
     from ridfr_core.contact_sheet import contact_sheet
 
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(pictures, similarity, "RIDFR nano: people never seen in training").save(sheet)
+    contact_sheet(pictures, similarity, "RIDFR nano: people never seen in training",
+                  "ID: similarity to the ground truth, to a recogniser that restoration never used").save(sheet)
 
 
 class Progress:
     """A bar that follows a prompt's websocket messages; a line per node where the output is no terminal."""
 
     def __init__(self, graph: dict, width: int = 30):
-        self._names = {node: api["class_type"] for node, api in graph.items()}
+        self._names = {node: api["_meta"]["title"] for node, api in graph.items()}
+        self._work = {node: api["inputs"].get("steps", 1) for node, api in graph.items()}  # a step counts as a node
         self._done: set[str] = set()
         self._width, self._shown = width, ""
 
@@ -128,7 +130,8 @@ class Progress:
             print(flush=True)
 
     def _show(self, node: str, part: float) -> None:
-        share = min(1.0, (len(self._done) + part) / len(self._names))
+        work = sum(self._work[done] for done in self._done) + part * self._work.get(node, 0)
+        share = work / sum(self._work.values())
         name = self._names.get(node, "done")
         if sys.stdout.isatty():
             filled = round(share * self._width)
