@@ -4,12 +4,13 @@ import comfy.clip_vision
 import comfy.model_management
 import torch
 from comfy_api.latest import io
+from server import PromptServer
 from torch import Tensor
 
 from ..ridfr_core.faces import align
 from ..ridfr_core.identity import Identity, Person, reference_faces
 from . import types
-from .border import same_batch, to_comfy, to_photos
+from .border import same_batch, to_comfy, to_core, to_photos
 from .id_attention import IdentityAttention, cross_attention_widths, install
 from .managed import ManagedAdapter, ManagedFaceModel, loaded
 
@@ -206,16 +207,15 @@ class CompareIdentity(io.ComfyNode):
                 ),
                 io.String.Output(display_name="report", tooltip="A line for each pair, for Preview Any or Save Text."),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, face_model: ManagedFaceModel, image_a: Tensor, image_b: Tensor) -> io.NodeOutput:
         image_a, image_b = same_batch(image_a, image_b, "The first input", "the second")
-        a, b = (
-            [face_embedding(face_model, photo) for photo in to_photos(images, what)]
-            for images, what in ((image_a, "image"), (image_b, "image to compare with"))
-        )
+        a = face_embeddings(face_model, to_core(image_a, "image"))
+        b = face_embeddings(face_model, to_core(image_b, "image to compare with"))
         scores = [float(x @ y) if x is not None and y is not None else None for x, y in zip(a, b, strict=True)]
         found = [score for score in scores if score is not None]
         mean = sum(found) / len(found) if found else 0.0
@@ -223,15 +223,19 @@ class CompareIdentity(io.ComfyNode):
             describe(number, x, y, score) for number, (x, y, score) in enumerate(zip(a, b, scores, strict=True), 1)
         ]
         text = "\n".join([f"similarity {mean:.3f} over {len(found)} of {len(scores)}", *lines])
+        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(mean, text, ui={"text": [text], "similarity": scores})
 
 
-def face_embedding(face_model: ManagedFaceModel, photo: Tensor) -> Tensor | None:
-    """Unit embedding [512] of the largest face in an image [3,H,W], None if there is none."""
-    faces = face_model.model.detector.detect(photo)
-    if not faces:
-        return None
-    return face_model.embed(align(photo[None], faces[0].landmarks[None]))[0]
+def face_embeddings(face_model: ManagedFaceModel, photos: Tensor) -> list[Tensor | None]:
+    """Unit embedding [512] of the largest face in each image of [B,3,H,W], None where there is none."""
+    faces = {i: found[0] for i, photo in enumerate(photos) if (found := face_model.model.detector.detect(photo))}
+    embeddings = [None] * len(photos)
+    if faces:
+        crops = align(photos[list(faces)], torch.stack([face.landmarks for face in faces.values()]))
+        for i, embedding in zip(faces, face_model.embed(crops), strict=True):
+            embeddings[i] = embedding
+    return embeddings
 
 
 def describe(number: int, a: Tensor | None, b: Tensor | None, score: float | None) -> str:

@@ -163,7 +163,7 @@ LOADERS = {"ipadapter": "RIDFR_LoadIdentityAdapter", "controlnet": "RIDFR_LoadCo
 @pytest.mark.parametrize(
     "make, name, sentence",
     [
-        (truncated, "cut.safetensors", "'cut.safetensors' is damaged or cut short .*download it again"),
+        (truncated, "cut.safetensors", "'cut.safetensors' is damaged or cut short: download it again"),
         (with_code, "code.pt", "'code.pt' holds more than weights, and code in it could run .* refused"),
         (lora, "lora.safetensors", "'lora.safetensors' holds a LoRA .*but this needs"),
         (ordinary_controlnet, "canny.safetensors", "'canny.safetensors' holds an ordinary ControlNet .*but this needs"),

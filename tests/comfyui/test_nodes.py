@@ -423,26 +423,43 @@ def test_zero_image_is_zero_after_normalisation(nano, pack, weights):
     assert (states - black).abs().max() > 0.1
 
 
-def test_compare_identity(nodes, face_model):
+@pytest.fixture
+def compare(nodes, face_model, pack, monkeypatch):
+    """Compare Identity of two batches; `compare.shown` is the text that appears on the node."""
+    node = nodes["RIDFR_CompareIdentity"]
+    monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="9"))
+
+    def compare(a, b):
+        return node.execute(face_model, a, b)
+
+    compare.shown = {}
+    server = SimpleNamespace(send_progress_text=lambda text, node: compare.shown.update({node: text}))
+    monkeypatch.setattr(pack.nodes.identity.PromptServer, "instance", server, raising=False)
+    return compare
+
+
+def test_compare_identity(nodes, compare):
     photos = nodes["RIDFR_NanoPortraits"].execute(0, 2, 5)[0]
-    out = nodes["RIDFR_CompareIdentity"].execute(face_model, photos, photos)
+    out = compare(photos, photos)
     assert out[0] == pytest.approx(1.0, abs=1e-5) and len(out[1].splitlines()) == 3
     assert out.ui["similarity"] == pytest.approx([1.0, 1.0], abs=1e-5)
-    assert len(nodes["RIDFR_CompareIdentity"].execute(face_model, photos, photos[:1]).ui["similarity"]) == 2
+    assert compare.shown == {"9": out[1]}
+    assert len(compare(photos, photos[:1]).ui["similarity"]) == 2
     with pytest.raises(ValueError, match="The first input has 2 images and the second has 3"):
-        nodes["RIDFR_CompareIdentity"].execute(face_model, photos, photos[[0, 1, 0]])
+        compare(photos, photos[[0, 1, 0]])
 
 
-def test_compare_identity_reports_a_missing_face(nodes, face_model, monkeypatch):
-    detect = type(face_model.model.detector).detect
-    monkeypatch.setattr(
-        type(face_model.model.detector), "detect", lambda self, image: detect(self, image) if image[0, 0, 0] < 2 else []
-    )
+def test_compare_identity_reports_a_missing_face(nodes, compare, face_model, monkeypatch):
+    """The random detector finds a face in every picture: here it is made to miss the black one."""
+    detector = type(face_model.model.detector)
+    detect = detector.detect
+    monkeypatch.setattr(detector, "detect", lambda self, image: detect(self, image) if image.any() else [])
     photos = nodes["RIDFR_NanoPortraits"].execute(0, 2, 5)[0].clone()
-    photos[1, 0, 0] = 2.0
-    out = nodes["RIDFR_CompareIdentity"].execute(face_model, photos, photos[:1])
+    photos[1] = 0
+    out = compare(photos, photos[:1])
     assert out.ui["similarity"] == [pytest.approx(1.0, abs=1e-5), None]
     assert out[0] == pytest.approx(1.0, abs=1e-5) and out[1].splitlines()[2] == "image 2: no face found"
+    assert compare(photos[:1], photos[1:]).ui["similarity"] == [None]
 
 
 # Pictures
