@@ -101,7 +101,8 @@ class Run:
         with self.log.open("a") as file:
             file.write(json.dumps(row) + "\n")
         left = (self.recipe.steps - self.step) * row["seconds"] / self.step
-        print(f"{self.name} {self.step}/{self.recipe.steps} loss {row['loss']:.5f}, {left / 60:.0f} min left", flush=True)
+        loss, steps = row["loss"], self.recipe.steps
+        print(f"{self.name} {self.step}/{steps} loss {loss:.5f}, {left / 60:.0f} min left", flush=True)
 
     def save(self) -> None:
         """Write the checkpoint; the one before survives a crash or a full disk in the middle of it."""

@@ -39,7 +39,7 @@ class NanoTraining:
 
     @cached_property
     def vae(self):
-        return nano_vae.train(self.work, portrait_set(self.work, "train", PEOPLE // 4, VIEWS))
+        return nano_vae.train(self.work, self.portraits)
 
     @cached_property
     def vision(self):

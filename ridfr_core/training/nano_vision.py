@@ -13,7 +13,7 @@ from ..nano.config import CLIP_VISION
 from .loop import Recipe, Run
 from .portrait_data import PortraitSet
 
-RECIPE = Recipe(steps=4000, batch=128, lr=1.5e-3)
+RECIPE = Recipe(steps=3000, batch=64, lr=1e-3)
 KEPT = 0.3  # share of the patches that the encoder sees
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
