@@ -13,9 +13,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import websocket
 
 from tools import cache, comfyui, demo, environment
-from tools.server import Server, link_pack
+from tools.server import Client, PromptError, Server, link_pack
 from tools.steps import StepError
 
 
@@ -282,3 +283,21 @@ def test_progress_without_a_terminal_is_a_line_per_node(capsys):
                                         "2": {"value": 0, "max": 1, "state": "running"}}})
     follow("execution_success", {})
     assert capsys.readouterr().out.split("\n")[:3] == ["[  0%] Restore", "[ 95%] VAE Decode", "[100%] done"]
+
+
+@pytest.mark.parametrize(("loss", "sentence"), [
+    (ConnectionResetError(104, "Connection reset by peer"), "ComfyUI closed the connection"),
+    (websocket.WebSocketConnectionClosedException("lost"), "ComfyUI closed the connection"),
+    (websocket.WebSocketTimeoutException("timed out"), "did not end within 9 s"),
+])
+def test_lost_server_is_one_sentence(monkeypatch, loss, sentence):
+    class Lost:
+        def settimeout(self, seconds):
+            pass
+
+        def recv(self):
+            raise loss
+
+    monkeypatch.setattr(websocket, "create_connection", lambda *args, **options: Lost())
+    with pytest.raises(PromptError, match=sentence):
+        Client("http://127.0.0.1:1").wait("a prompt", timeout=9)

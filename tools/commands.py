@@ -30,7 +30,9 @@ def serve(arguments: list[str]) -> int:
         say(f"ComfyUI is at {server.url}; Ctrl-C stops it")
         say(f"the pack's graphs are under Templates, {PACK}; models go to {base / 'models'}")
         try:
-            return server.process.wait()
+            code = server.process.wait()
+            say(f"ComfyUI ended by itself with code {code}; its log is {server.log}")
+            return code
         except KeyboardInterrupt:
             say("stopping ComfyUI")
     return 0

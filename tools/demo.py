@@ -37,8 +37,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then, too
     try:
         demo(options.tree, options.base, options.sheet)
-    except (StepError, PromptError) as error:
-        sys.exit(f"ridfr: {error}" if isinstance(error, StepError) else f"ridfr: Running the graph failed: {error}")
+    except StepError as error:
+        sys.exit(f"ridfr: {error}")
+    except PromptError as error:
+        sys.exit(f"ridfr: Running the graph failed: {error} ComfyUI's log is {options.base / 'server.log'}.")
+    except OSError as error:
+        sys.exit(f"ridfr: Writing the contact sheet failed: {error}")
     except KeyboardInterrupt:
         sys.exit("ridfr: interrupted; the server is stopped")
 

@@ -78,7 +78,7 @@ class Server:
     def __exit__(self, *_) -> None:
         self.stop()
 
-    def start(self, timeout: float = 180) -> None:
+    def start(self, timeout: float = 300) -> None:
         """Start and wait until it answers; StepError with the end of its log when it doesn't."""
         environment = CALM_THREADS | os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
         with open(self.log, "wb") as log:
@@ -172,10 +172,17 @@ class Client:
 
         on_event gets the type and the data of every message about this prompt.
         """
+        import websocket
+
         deadline = time.monotonic() + timeout
         while prompt not in self._ended:
             self._socket.settimeout(max(0.01, deadline - time.monotonic()))
-            message = self._socket.recv()
+            try:
+                message = self._socket.recv()
+            except websocket.WebSocketTimeoutException:
+                raise PromptError(f"it did not end within {timeout:.0f} s", {"prompt_id": prompt}) from None
+            except (websocket.WebSocketException, OSError) as error:
+                raise PromptError(f"ComfyUI closed the connection ({error})", {"prompt_id": prompt}) from None
             if isinstance(message, bytes):
                 continue  # a preview picture
             message = json.loads(message)
