@@ -7,19 +7,22 @@ SMALLEST_PHOTO = 32  # px of the shorter side: no detector finds a face in less
 
 
 def to_core(image: Tensor, what: str) -> Tensor:
-    """[B,H,W,C] -> float32 RGB [B,3,H,W]; grey is repeated, an alpha channel is left out.
+    """[B,H,W,C] -> float32 RGB [B,3,H,W].
 
     Raises ValueError naming the image by `what` and its number (from 1) for NaN or infinite pixels.
     """
-    channels = image.shape[-1]
-    image = image[..., :3] if channels >= 3 else image[..., :1].expand(*image.shape[:-1], 3)
     for number, finite in enumerate(torch.isfinite(image).flatten(1).all(1).tolist(), 1):
         if not finite:
             raise ValueError(
                 f"{what.capitalize()} {number} has pixels that are not numbers (NaN or infinite): "
                 "look at the node that made it, often a VAE in half precision."
             )
-    return image.movedim(-1, 1).float().contiguous()
+    return rgb(image.movedim(-1, 1)).float().contiguous()
+
+
+def rgb(images: Tensor) -> Tensor:
+    """[B,C,H,W] -> [B,3,H,W]: grey is repeated, an alpha channel is left out."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 
 def to_photos(image: Tensor, what: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ridfr_core.content import ContentSpec
 from ..ridfr_core.nano.config import HEADS as NANO_HEADS
+from .border import rgb
 
 HEADS = {"sd15": 8, "nano": NANO_HEADS}
 
@@ -52,7 +53,11 @@ def content_control(state: dict[str, Tensor], spec: ContentSpec) -> comfy.contro
     net = comfy.controlnet.controlnet_load_state_dict(net, state)
     # compression_ratio 1 and no latent_format: ComfyUI resizes the image straight to latent size, once per run
     control = comfy.controlnet.ControlNet(
-        net, compression_ratio=1, load_device=device, manual_cast_dtype=manual_cast, preprocess_image=spec.to_range
+        net,
+        compression_ratio=1,
+        load_device=device,
+        manual_cast_dtype=manual_cast,
+        preprocess_image=lambda image: spec.to_range(rgb(image)),
     )
     control.upscale_algorithm = spec.kernel
     return control

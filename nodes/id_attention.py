@@ -37,7 +37,7 @@ class IdentityAttention:
         else:
             out = self.previous(q, k, v, extra_options)
         chunks = extra_options["cond_or_uncond"]
-        keys, values = (self._rows(x, chunks, len(q)).to(q) for x in (self.keys, self.values))
+        keys, values = (self._rows(x, chunks, len(q)) for x in (self.keys, self.values))
         return decoupled_attention(out, q, keys, values, heads, self._scale(q, extra_options["sigmas"]))
 
     def _rows(self, x: Tensor, chunks: list[int], batch: int) -> Tensor:

@@ -369,6 +369,10 @@ def test_content_controlnet(nodes, nano):
     assert torch.equal(controlled(lq, 1.0), full)
     torch.testing.assert_close(controlled(lq[:1], 1.0)[0], full[0])
     torch.testing.assert_close(controlled(lq, 1.0, cfg=2.0), full, rtol=1e-3, atol=1e-3)
+    rgba = torch.cat([lq, torch.rand(2, 128, 128, 1)], -1)
+    assert torch.equal(controlled(rgba, 1.0), full)
+    grey = lq[..., :1]
+    assert torch.equal(controlled(grey, 1.0), controlled(grey.expand(-1, -1, -1, 3), 1.0))
 
 
 def test_content_goes_with_identity(nodes, nano, apply, identity):
