@@ -85,14 +85,14 @@ def cross_attention_widths(model: ModelPatcher) -> dict[Place, int]:
 def install(model: ModelPatcher, patches: dict[Place, IdentityAttention]) -> ModelPatcher:
     """A clone of the model with the patches, each called after what already replaces its layer.
 
-    A block with a single transformer is keyed without the transformer's index, as other packs key it.
+    ComfyUI looks for (block, id, index) before (block, id). Most packs use the shorter key where a block has a single
+    transformer; the key of the patch that runs now is kept, so that this one runs in its place.
     """
     model = model.clone()
     depth = Counter(place[:2] for place in patches)
-    for (name, number, index), patch in patches.items():
+    for place, patch in patches.items():
         installed = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
-        previous = installed.get((name, number, index)) or installed.get((name, number))
-        model.set_model_attn2_replace(
-            replace(patch, previous=previous), name, number, index if depth[name, number] > 1 else None
-        )
+        key = place if place in installed or depth[place[:2]] > 1 else place[:2]
+        previous = installed.get(place) or installed.get(place[:2])
+        model.set_model_attn2_replace(replace(patch, previous=previous), *key)
     return model

@@ -279,6 +279,16 @@ def test_another_packs_patch_is_kept(nano, apply, identity, index):
     assert Doubled.moved and (both - plain).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("index", [None, 0])
+def test_no_patch_hides_ours(nano, apply, identity, adapter, pack, index):
+    """ComfyUI takes the patch of (block, id, index) if there is one, else that of (block, id)."""
+    patched = nano.model.clone()
+    patched.set_model_attn2_replace(lambda q, k, v, extra_options: q, "middle", 0, index)
+    patches = apply(identity, model=patched).model_options["transformer_options"]["patches_replace"]["attn2"]
+    for place in adapter.adapter.layers:
+        assert isinstance(patches.get(place, patches.get(place[:2])), pack.nodes.id_attention.IdentityAttention)
+
+
 def test_each_image_gets_its_person(nano, apply, identity):
     """Image i of a batch is what it would be with person i alone."""
     both = sample(apply(identity), nano.prompt)
