@@ -81,10 +81,9 @@ class Run:
             if self.step % log_every == 0 or self.step == self.recipe.steps:
                 self._note({"step": self.step, "loss": running / count, "seconds": round(self.seconds, 1), **extra})
                 running, count = 0.0, 0
-            if time.monotonic() - saved > self.save_every:
+            if time.monotonic() - saved > self.save_every or self.step == self.recipe.steps:
                 self.save()
                 saved = time.monotonic()
-        self.save()
         self.module.load_state_dict(self.ema, strict=False)
 
     def _descend(self, value: Tensor) -> None:
