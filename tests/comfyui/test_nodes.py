@@ -1,6 +1,7 @@
 """The nodes in ComfyUI's own sampling, in this process, on random nano weights: trained ones could hide an error."""
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -122,6 +123,13 @@ def test_nano_vae_and_unet_compute_what_diffusers_computes(nano, weights):
     torch.testing.assert_close(nano.vae.decode(z), picture, rtol=1e-4, atol=1e-5)
     encoded = vae.encode(picture.movedim(-1, 1) * 2 - 1).latent_dist.mode()
     torch.testing.assert_close(nano.vae.encode(picture), encoded, rtol=1e-3, atol=1e-4)
+
+
+def test_clip_visions_config_is_the_trained_one(checkout, pack):
+    """ComfyUI 0.18 takes a CLIP vision model's config as a file only."""
+    file = checkout / "ridfr_core" / "nano" / "weights" / "clip_vision.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    assert config == {"model_type": "clip_vision_model", **pack.ridfr_core.nano.config.CLIP_VISION}
 
 
 def test_nano_predicts_v(nano, pack):
