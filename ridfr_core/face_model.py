@@ -57,8 +57,8 @@ def load_face_model(folder: str | Path, operations: ModuleType | type = nn) -> F
     roles: dict[str, Path] = {}
     for path in files:
         roles.setdefault(_role(path), path)
-    for role, needed in (("detector", "an SCRFD detector with landmarks"),
-                         ("recogniser", "an ArcFace recogniser (112x112 to 512)")):
+    for role, needed in (("detector", "SCRFD detector with landmarks"),
+                         ("recogniser", "ArcFace recogniser (112x112 to 512)")):
         if role not in roles:
             found = ", ".join(path.name for path in files) or "no .onnx file"
             raise FaceModelError(f"Face model folder {folder} has no {needed}, it has {found}; put the files of an "
