@@ -5,6 +5,8 @@
 Guo et al., "Sample and Computation Redistribution for Efficient Face Detection", ICLR 2022. Anchors are points: the
 location (i, j) of a map of stride s stands for the pixel (s i, s j), twice, for a smaller and a larger face. Per anchor
 the network gives a score, the distances to the box's sides and the offsets of the landmarks, in units of the stride.
+One location knows the landmarks only roughly, so they are refined: a field over the finest map says, for every place
+and each of the five, how far the landmark is from there, and each is moved by what the field says at its estimate.
 Scenes are made of portraits at all scales, some degraded. The figures go to `recognition.json` under "detector": steps,
 seconds, loss, parameters; found and landmark_error on held-out test portraits of 128 px, by `faces.Detector` and, with
 "_insightface", by FaceAnalysis as it comes: the share of portraits where one face was found, and the mean distance of
@@ -13,6 +15,7 @@ the landmarks from the truth over the distance of the eyes.
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,14 +31,17 @@ from .portrait_data import PortraitSet, portrait_set
 from .recogniser import recalibrate, record
 
 STRIDES = (8, 16, 32)
-SIDES = ((16, 32), (64, 128), (256, 512))  # face sizes (geometric mean of box width and height) of the anchors
+# Face sizes (geometric mean of box width and height) of the anchors. Smaller than SCRFD's for a stride: a portrait of
+# 128 px falls to stride 8, where a pixel is not as small a part of a cell.
+SIDES = ((24, 72), (144, 224), (320, 512))
 VALUES = 15  # score, box, landmarks
 BOX = torch.tensor([[12.0, 4.0], [100.0, 116.0]])  # of an upright face, where its landmarks are ARCFACE_TEMPLATE
-CANVASES = (128, 128, 128, 192, 256, 640)  # one is drawn per step
+CANVASES = (128, 128, 128, 256, 384, 640)  # one is drawn per step
 PIXELS = 640 * 640  # per step
 DAMAGE = DegradationRange(sigma=(0.2, 3), ratio=(1, 6), noise=(0, 15), quality=(40, 100))
-FILE = "insightface/models/nano/det_nano.onnx"
-RECIPE = Recipe(steps=3000, batch=0, lr=3e-3, ema=0.995)  # the batch depends on the canvas
+FILE = "det_nano.onnx"  # of both packs
+RECIPE = Recipe(steps=5000, batch=0, lr=3e-3, ema=0.995)  # the batch depends on the canvas
+FREEZE = 0.3  # share of the steps after which batch norms keep their statistics
 
 
 def _conv(channels_in: int, channels: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
@@ -44,31 +50,34 @@ def _conv(channels_in: int, channels: int, stride: int = 1, dilation: int = 1) -
 
 
 class DetectorNet(nn.Module):
-    """Convolutions down to stride 32, a pyramid back up to stride 8, one head per stride.
+    """Convolutions down to stride 32, a pyramid back up to stride 8, one head per stride, the refining field.
 
-    Maps images [B,3,H,W], RGB, (x - 127.5) / 128 of 0..255, sides multiples of 32, to a list over strides of
-    [B, 2 H W / s^2, 15]: score logit, box and landmark distances in strides.
+    Maps images [B,3,H,W], RGB, (x - 127.5) / 128 of 0..255, sides multiples of 32, to
+    anchors: over strides, [B, 2 H W / s^2, 15]: score logit, box and landmark distances in strides;
+    field: [B,10,H/8,W/8], (x, y) of each landmark in px / 8.
     """
 
-    def __init__(self, widths=(12, 24, 32, 48, 64), pyramid: int = 40):
+    def __init__(self, widths=(16, 24, 40, 48, 64), pyramid: int = 48):
         super().__init__()
         stem, quarter, *rest = widths
         self.stem = nn.Sequential(_conv(3, stem, 2), _conv(stem, quarter, 2))
         self.stages = nn.ModuleList([
-            nn.Sequential(_conv(quarter, rest[0], 2), _conv(rest[0], rest[0])),
+            nn.Sequential(_conv(quarter, rest[0], 2), _conv(rest[0], rest[0]), _conv(rest[0], rest[0])),
             nn.Sequential(_conv(rest[0], rest[1], 2), _conv(rest[1], rest[1])),
             # dilation lets the coarsest map see a face that fills a frame of 640
             nn.Sequential(_conv(rest[1], rest[2], 2), *(_conv(rest[2], rest[2], dilation=d) for d in (1, 2, 4)))])
         self.laterals = nn.ModuleList(nn.Conv2d(width, pyramid, 1) for width in rest)
         self.heads = nn.ModuleList(
-            nn.Sequential(_conv(pyramid, pyramid), nn.Conv2d(pyramid, 2 * VALUES, 1)) for _ in STRIDES)
+            nn.Sequential(_conv(pyramid, pyramid), _conv(pyramid, pyramid), nn.Conv2d(pyramid, 2 * VALUES, 1))
+            for _ in STRIDES)
         for head in self.heads:
-            nn.init.constant_(head[1].bias.data[::VALUES], -4.0)  # faces are rare
+            nn.init.constant_(head[-1].bias.data[::VALUES], -4.0)  # faces are rare
+        self.field = nn.Sequential(_conv(pyramid, 32), nn.Conv2d(32, 10, 1))
         for stride, sides in zip(STRIDES, SIDES):  # brings the distances to the order of 1
             unit = torch.tensor([[1.0] + [side / stride] * (VALUES - 1) for side in sides])
             self.register_buffer(f"unit{stride}", unit.view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         x = self.stem(x)
         maps = []
         for stage, lateral in zip(self.stages, self.laterals):
@@ -77,7 +86,20 @@ class DetectorNet(nn.Module):
         for level in (1, 0):
             maps[level] = maps[level] + F.interpolate(maps[level + 1], scale_factor=2.0, mode="nearest")
         values = [head(m) * getattr(self, f"unit{s}") for head, m, s in zip(self.heads, maps, STRIDES)]
-        return [v.permute(0, 2, 3, 1).reshape(v.shape[0], -1, VALUES) for v in values]
+        anchors = [v.permute(0, 2, 3, 1).reshape(v.shape[0], -1, VALUES) for v in values]
+        return anchors, self.field(maps[0])
+
+
+def refine(landmarks: Tensor, field: Tensor) -> Tensor:
+    """Move landmarks [B,A,5,2] px by the field [B,10,h,w], twice."""
+    batch, count = landmarks.shape[:2]
+    field = field.float().reshape(-1, 2, field.shape[2], field.shape[3])
+    extent = STRIDES[0] * anchor_points(field, 1)[-1]  # the last pixel it covers
+    points = landmarks.transpose(1, 2).reshape(-1, count, 1, 2)
+    for _ in range(2):
+        move = F.grid_sample(field, 2 * points / extent - 1, padding_mode="border", align_corners=True)
+        points = points + STRIDES[0] * move.permute(0, 2, 3, 1)
+    return points.reshape(batch, 5, count, 2).transpose(1, 2)
 
 
 class ScrfdOutputs(nn.Module):
@@ -88,8 +110,13 @@ class ScrfdOutputs(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        values = [v.reshape(-1, VALUES) for v in self.net(x)]
-        return (*(v[:, :1].sigmoid() for v in values), *(v[:, 1:5] for v in values), *(v[:, 5:] for v in values))
+        values, field = self.net(x)
+        landmarks = []
+        for v, stride in zip(values, STRIDES):
+            points = anchor_points(x, stride)
+            refined = refine(points[None, :, None] + v[:, :, 5:].reshape(1, -1, 5, 2) * stride, field)
+            landmarks.append(((refined[0] - points[:, None]) / stride).reshape(-1, 10))
+        return (*(v[0, :, :1].sigmoid() for v in values), *(v[0, :, 1:5] for v in values), *landmarks)
 
 
 def export_onnx(net: DetectorNet, path: Path) -> None:
@@ -98,19 +125,21 @@ def export_onnx(net: DetectorNet, path: Path) -> None:
     names = [f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES]
     axes = {"input.1": {2: "height", 3: "width"}, **{name: {0: f"anchors_{name[-2:]}"} for name in names}}
     torch.onnx.export(ScrfdOutputs(net).eval(), (torch.zeros(1, 3, 128, 128),), str(path), input_names=["input.1"],
-                      output_names=names, dynamic_axes=axes, opset_version=11, dynamo=False)
+                      output_names=names, dynamic_axes=axes, opset_version=16, dynamo=False)
 
 
-def anchors(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(points [A,2], strides [A], sides [A]) of all anchors of a square input, in the order of the outputs."""
-    points, strides, sides = [], [], []
-    for stride, pair in zip(STRIDES, SIDES):
-        axis = torch.arange(size // stride) * float(stride)
-        y, x = torch.meshgrid(axis, axis, indexing="ij")
-        grid = torch.stack([x, y], -1).view(-1, 1, 2).expand(-1, 2, 2).reshape(-1, 2)
-        points.append(grid)
-        strides.append(torch.full((len(grid),), float(stride)))
-        sides.append(torch.tensor(pair, dtype=torch.float32).repeat(len(grid) // 2))
+def anchor_points(images: Tensor, stride: int) -> Tensor:
+    """Pixels [A,2] that the anchors of one stride stand for, in the order of the outputs."""
+    ones = torch.ones_like(images[0, 0, ::stride, ::stride])  # counted up rather than `arange`, to export any size
+    grid = torch.stack([ones.cumsum(1) - 1, ones.cumsum(0) - 1], -1) * stride
+    return grid.reshape(-1, 1, 2).expand(-1, 2, 2).reshape(-1, 2)
+
+
+def anchors(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(points [A,2], strides [A], sides [A]) of all anchors of an input."""
+    points = [anchor_points(images, stride) for stride in STRIDES]
+    strides = [torch.full((len(p),), float(stride)) for p, stride in zip(points, STRIDES)]
+    sides = [torch.tensor(pair, dtype=torch.float32).repeat(len(p) // 2) for p, pair in zip(points, SIDES)]
     return torch.cat(points), torch.cat(strides), torch.cat(sides)
 
 
@@ -124,14 +153,16 @@ def face_boxes(landmarks: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], 1).view(*landmarks.shape[:-2], 4)
 
 
-def detection_loss(outputs: list[Tensor], landmarks: Tensor, present: Tensor, size: int) -> Tensor:
-    """Focal loss of the scores plus L1 of boxes and landmarks relative to the face's size.
+def detection_loss(net: DetectorNet, images: Tensor, landmarks: Tensor, present: Tensor) -> Tensor:
+    """Focal loss of the scores plus L1 of boxes, landmarks and refined landmarks relative to the face's size.
 
     landmarks: [B,K,5,2] px of up to K faces; present: [B,K] bool. An anchor is positive for a face of its size (within
     a factor of 1.7) whose centre is within a stride; up to two strides it counts neither way.
     """
-    values = torch.cat(outputs, 1).float()
-    points, strides, sides = anchors(size)
+    with torch.autocast("cpu", torch.bfloat16):
+        values, field = net(images)
+    values = torch.cat(values, 1).float()
+    points, strides, sides = anchors(images)
     boxes = face_boxes(landmarks)
     side = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt()
     away = (points - (boxes[..., None, :2] + boxes[..., None, 2:]) / 2).abs().amax(-1) / strides  # [B,K,A]
@@ -148,12 +179,16 @@ def detection_loss(outputs: list[Tensor], landmarks: Tensor, present: Tensor, si
 
     image, anchor = positive.nonzero(as_tuple=True)
     face = which[image, anchor]
-    found = values[image, anchor, 1:] * strides[anchor, None]
+    distances = values[..., 1:] * strides[:, None]
+    first = points[:, None] + distances[..., 4:].unflatten(2, (5, 2))
+    second = refine(first.detach(), field)
+
     box, point = boxes[image, face], points[anchor]
-    target = torch.cat([point - box[:, :2], box[:, 2:] - point,
-                        (landmarks[image, face] - point[:, None]).flatten(1)], 1)
-    error = (found - target).abs() / side[image, face][:, None]
-    return (focal * certain).sum() / count + 2 * error[:, :4].sum() / count + 4 * error[:, 4:].sum() / count
+    edges = torch.cat([point - box[:, :2], box[:, 2:] - point], 1)
+    error = (distances[image, anchor, :4] - edges).abs().sum(1)
+    for estimate in (first, second):
+        error = error + 2 * (estimate[image, anchor] - landmarks[image, face]).abs().sum((1, 2))
+    return (focal * certain).sum() / count + 2 * (error / side[image, face]).sum() / count
 
 
 def scene(portraits: PortraitSet, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,7 +267,7 @@ def evaluate(pack: Path, portraits: PortraitSet) -> dict[str, float]:
     """Share of portraits with one face found and the landmark error there, by our Detector and by insightface."""
     from insightface.app import FaceAnalysis
 
-    ours = Detector(pack / "det_nano.onnx")
+    ours = Detector(pack / FILE)
     theirs = FaceAnalysis(name=str(pack), allowed_modules=["detection"], providers=["CPUExecutionProvider"])
     theirs.prepare(ctx_id=-1)
     figures = {}
@@ -253,6 +288,19 @@ def _insightface(analysis, image) -> list[Tensor]:
     return [torch.from_numpy(face.kps) for face in analysis.get(image[::-1].transpose(1, 2, 0).copy())]
 
 
+def freeze_norms(net: nn.Module, path: Path, batches: Callable[[], list[Tensor]]) -> None:
+    """Fix the batch norms' statistics, measured on `batches` once and then kept in a file.
+
+    A batch holds one size of canvas, and its statistics differ from those of the mixture so much that a net trained
+    on the former alone fails on the largest canvases with the latter.
+    """
+    if not path.exists():
+        recalibrate(net, batches())
+        torch.save(dict(net.named_buffers()), path)
+    net.load_state_dict(torch.load(path, weights_only=True), strict=False)
+    net.eval()
+
+
 def train_detector(work: Path, steps: int | None = None, threads: int = 1) -> dict:
     """Train the detector, write its ONNX file and its figures; returns the figures.
 
@@ -266,23 +314,24 @@ def train_detector(work: Path, steps: int | None = None, threads: int = 1) -> di
     net = DetectorNet()
     run = Run(work, "detector", net, recipe)
 
-    def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, int]:
+    def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         size = CANVASES[torch.randint(len(CANVASES), (1,), generator=generator)]
         images, landmarks, present = scene(portraits, size, generator)
-        return (images * 255 - 127.5) / 128, landmarks, present, size
+        return (images * 255 - 127.5) / 128, landmarks, present
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        images, landmarks, present, size = batch(generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = net(images)
-        return detection_loss(outputs, landmarks, present, size)
+        if step >= FREEZE * recipe.steps and net.training:
+            freeze_norms(net, work / "detector-norms.pt",
+                         lambda: [batch(recipe.generator(-1 - index))[0] for index in range(60)])
+        return detection_loss(net, *batch(generator))
 
     run.train(loss)
-    recalibrate(net, [batch(recipe.generator(-1 - index))[0] for index in range(40)])
-    export_onnx(net, WEIGHTS / FILE)
+    models = WEIGHTS / "insightface" / "models"
+    for pack in ("nano", "nano_judge"):
+        export_onnx(net, models / pack / FILE)
     figures = {"steps": run.step, "seconds": round(run.seconds), "loss": run.history[-1]["loss"],
                "parameters": sum(p.numel() for p in net.parameters()),
-               **evaluate((WEIGHTS / FILE).parent, portrait_set(work, "test", 200, 2))}
+               **evaluate(models / "nano", portrait_set(work, "test", 200, 2))}
     record("detector", figures)
     return figures
 
