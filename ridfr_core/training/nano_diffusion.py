@@ -21,10 +21,10 @@ from . import nano_vision
 from .loop import Recipe, Run
 from .portrait_data import PortraitSet
 
-BASE = Recipe(steps=2200, batch=32, lr=1e-3, ema=0.998)
-ADAPT = Recipe(steps=1300, batch=32, lr=8e-4, ema=0.998)
-CONTENT = Recipe(steps=1300, batch=32, lr=8e-4, ema=0.998)
-ALIGN = Recipe(steps=500, batch=16, lr=3e-4, ema=0.995)
+BASE = Recipe(steps=1500, batch=32, lr=1e-3, ema=0.998)
+ADAPT = Recipe(steps=1000, batch=32, lr=8e-4, ema=0.997)
+CONTENT = Recipe(steps=1000, batch=32, lr=8e-4, ema=0.997)
+ALIGN = Recipe(steps=400, batch=16, lr=3e-4, ema=0.99)
 
 SEVERE = DegradationRange(sigma=(2.0, 4.0), ratio=(6.0, 10.0), noise=(5.0, 15.0), quality=(40, 80))
 SPEC = ContentSpec(value_range="-1..1", kernel="area", base="nano")
