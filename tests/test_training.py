@@ -95,10 +95,10 @@ def test_content_starts_as_the_unets_encoder_and_the_lq_channels_at_zero():
     content = nano_diffusion.build_content(unet)
     assert torch.equal(content.conv_in.weight[:, :4], unet.conv_in.weight)
     assert not content.conv_in.weight[:, 4:].any()
-    z, t = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
-    down, mid = content(torch.randn(2, 7, 16, 16), t, nano_diffusion.empty_prompt(2), torch.zeros(()), return_dict=False)
+    both, t, prompt = torch.randn(2, 7, 16, 16), torch.tensor([10, 900]), nano_diffusion.empty_prompt(2)
+    down, mid = content(both, t, prompt, torch.zeros(()), return_dict=False)
     assert not mid.any() and not any(residual.any() for residual in down)
-    assert unet(z, t, nano_diffusion.empty_prompt(2)).sample.shape == z.shape
+    assert unet(both[:, :4], t, prompt).sample.shape == (2, 4, 16, 16)
 
 
 def test_identity_processors_without_identity_are_plain_attention():

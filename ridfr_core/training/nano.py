@@ -21,7 +21,9 @@ from ..nano import WEIGHTS
 from ..nano.config import HEADS, PREDICTION
 from ..recognition import load_iresnet
 from . import nano_diffusion, nano_figures, nano_vae, nano_vision
+from .detector import train_detector
 from .portrait_data import portrait_set
+from .recogniser import train_recogniser
 
 PEOPLE, VIEWS = 3000, 8
 RECOGNISER = WEIGHTS / "insightface" / "models" / "nano" / "rec_nano.onnx"
@@ -93,6 +95,9 @@ class NanoTraining:
 
 
 STAGES = {
+    "recogniser": lambda nano: train_recogniser(nano.work, "recogniser", threads=torch.get_num_threads()),
+    "judge": lambda nano: train_recogniser(nano.work, "judge", threads=torch.get_num_threads()),
+    "detector": lambda nano: train_detector(nano.work, threads=torch.get_num_threads()),
     "vae": lambda nano: nano.vae,
     "vision": lambda nano: nano.export_vision(),
     "base": lambda nano: nano.export_checkpoint(),
