@@ -229,7 +229,8 @@ def test_server_that_does_not_start_shows_its_last_words(tmp_path):
 def test_interrupted_demo_leaves_nothing_running(tmp_path, checkout, signum, code):
     tree = fake_comfyui(tmp_path / "tree", "import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(60)")
     process = subprocess.Popen([sys.executable, "-m", "tools.demo", "--tree", tree, "--base", tmp_path / "base"],
-                               cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heed_interrupts)
     log = tmp_path / "base" / "server.log"
     while not (log.exists() and (pid := re.search(r"pid (\d+)", log.read_text()))):
         assert process.poll() is None, process.stderr.read()
@@ -239,6 +240,11 @@ def test_interrupted_demo_leaves_nothing_running(tmp_path, checkout, signum, cod
     assert process.returncode == code and "Traceback" not in errors
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid[1]), 0)
+
+
+def heed_interrupts():
+    """A shell starts what it runs in the background with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

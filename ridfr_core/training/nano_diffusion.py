@@ -22,9 +22,9 @@ from .loop import Recipe, Run
 from .portrait_data import PortraitSet
 
 BASE = Recipe(steps=1500, batch=32, lr=1e-3, ema=0.998)
-ADAPT = Recipe(steps=1000, batch=32, lr=8e-4, ema=0.997)
+ADAPT = Recipe(steps=1800, batch=32, lr=8e-4, ema=0.997)
 CONTENT = Recipe(steps=1000, batch=32, lr=8e-4, ema=0.997)
-ALIGN = Recipe(steps=400, batch=16, lr=3e-4, ema=0.99)
+ALIGN = Recipe(steps=300, batch=16, lr=3e-4, ema=0.99)
 
 SEVERE = DegradationRange(sigma=(2.0, 4.0), ratio=(6.0, 10.0), noise=(5.0, 15.0), quality=(40, 80))
 SPEC = ContentSpec(value_range="-1..1", kernel="area", base="nano")
