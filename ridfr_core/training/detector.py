@@ -1,6 +1,6 @@
 """Train the nano detector: five landmarks per face, in the ONNX layout of insightface's SCRFD.
 
-    python -m ridfr_core.training.detector --work FOLDER
+    ridfr train nano detector --work FOLDER
 
 Guo et al., "Sample and Computation Redistribution for Efficient Face Detection", ICLR 2022. Anchors are points: the
 location (i, j) of a map of stride s stands for the pixel (s i, s j), twice, for a smaller and a larger face. Per anchor
@@ -13,7 +13,6 @@ seconds, loss, parameters; found and landmark_error on held-out test portraits o
 the landmarks from the truth over the distance of the eyes.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -334,12 +333,3 @@ def train_detector(work: Path, steps: int | None = None, threads: int = 1) -> di
                **evaluate(models / "nano", portrait_set(work, "test", 200, 2))}
     record("detector", figures)
     return figures
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train the nano detector.")
-    parser.add_argument("--work", type=Path, required=True, help="folder for portraits and checkpoints")
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    print(train_detector(arguments.work, arguments.steps, arguments.threads))

@@ -1,6 +1,6 @@
 """Train the nano recognisers on procedural portraits.
 
-    python -m ridfr_core.training.recogniser --work FOLDER --role recogniser
+    ridfr train nano recogniser judge --work FOLDER
 
 Two networks that share neither architecture, identities nor loss:
 `recogniser` conditions the restoration: an ArcFace IResNet (additive angular margin, helped by regressing the identity
@@ -11,7 +11,6 @@ loss (the last), people and views trained on, parameters, and on held-out test p
 genuine and impostor (mean cosines).
 """
 
-import argparse
 import json
 import math
 from collections.abc import Callable
@@ -264,13 +263,3 @@ def train_recogniser(work: Path, role_name: str, steps: int | None = None, threa
                **evaluate(task.network, portrait_set(work, "test", 200, 6))}
     record(role_name, figures)
     return figures
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train a nano recogniser.")
-    parser.add_argument("--work", type=Path, required=True, help="folder for portraits and checkpoints")
-    parser.add_argument("--role", choices=ROLES, required=True)
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    print(train_recogniser(arguments.work, arguments.role, arguments.steps, arguments.threads))
