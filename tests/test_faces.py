@@ -72,14 +72,23 @@ def eye_distance(points):
     return (points[:, 1] - points[:, 0]).norm(dim=-1, keepdim=True)
 
 
-def test_detector_finds_landmarks_of_portraits(detector):
+def landmark_error(detector) -> float:
+    """Mean distance from the truth over the distance of the eyes, on held-out portraits with one face found in each."""
     people = torch.arange(12) + SPLITS["test"].start
     portraits = render(people, torch.zeros(12, dtype=torch.long))
     faces = [detector.detect(image) for image in portraits.image]
     assert [len(found) for found in faces] == [1] * 12
     found = torch.stack([one[0].landmarks for one in faces])
-    error = (found - portraits.landmarks).norm(dim=-1) / eye_distance(portraits.landmarks)
-    assert error.mean() < 0.12  # the goal of 0.04 is not reached: see the model card
+    return ((found - portraits.landmarks).norm(dim=-1) / eye_distance(portraits.landmarks)).mean().item()
+
+
+def test_detector_finds_landmarks_of_portraits(detector):
+    assert landmark_error(detector) < 0.12  # what the weights of today keep
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="nano's detector reaches 0.08: see its model card")
+def test_detector_finds_landmarks_as_well_as_it_should(detector):
+    assert landmark_error(detector) <= 0.04
 
 
 def test_detector_orders_by_size_and_maps_back_to_the_image(detector):
@@ -94,7 +103,7 @@ def test_detector_orders_by_size_and_maps_back_to_the_image(detector):
     assert (second.landmarks - truth).norm(dim=-1).mean() < 0.15 * eye_distance(truth[None])
 
 
-@pytest.mark.xfail(reason="the nano detector of 5,000 steps takes the nose of so large a face for a face")
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="nano's detector takes the nose for the face")
 def test_detector_finds_a_face_that_fills_the_frame(detector):
     person = torch.tensor([SPLITS["test"].start + 3])
     tight = render(person, torch.zeros(1, dtype=torch.long), size=256)

@@ -79,7 +79,8 @@ def forget(client):
     time.sleep(1)  # done between prompts, without an answer
 
 
-def test_the_shipped_graph_restores_people(client, shipped, nano_workflow):
+def restored(client, shipped, nano_workflow) -> dict[str, list[float | None]]:
+    """Similarity of each person's pictures to the truth, by column, after the shipped graph has run."""
     outputs = client.run(shipped)["outputs"]
     saved = {
         node["inputs"]["filename_prefix"]: key for key, node in shipped.items() if node["class_type"] == "SaveImage"
@@ -87,13 +88,19 @@ def test_the_shipped_graph_restores_people(client, shipped, nano_workflow):
     assert set(saved) == {f"ridfr_nano/{name}" for name in COLUMNS}
     assert all(len(outputs[key]["images"]) == 6 for key in saved.values())
     titles = {node.get("title"): str(node["id"]) for node in nano_workflow["nodes"]}
-    similarity = {
-        name: [s for s in outputs[titles[f"Similarity: {name}"]]["similarity"] if s is not None]
-        for name in ("blind", "RIDFR", "reference")
-    }
-    assert len(similarity["reference"]) == len(similarity["RIDFR"]) == 6, "a face was not found"
-    if mean(similarity["RIDFR"]) < 1.5 * mean(similarity["blind"]):
-        pytest.xfail(f"the nano adapter is trained too little yet (see its model card): {similarity}")
+    return {name: outputs[titles[f"Similarity: {name}"]]["similarity"] for name in ("blind", "RIDFR", "reference")}
+
+
+def test_the_shipped_graph_runs_and_its_faces_are_found(client, shipped, nano_workflow):
+    similarity = restored(client, shipped, nano_workflow)
+    assert None not in similarity["reference"] + similarity["RIDFR"]
+    assert similarity["RIDFR"] != similarity["blind"]
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="nano's adapter needs training: see its model card")
+def test_the_shipped_graph_restores_the_right_people(client, shipped, nano_workflow):
+    similarity = restored(client, shipped, nano_workflow)
+    assert mean(similarity["RIDFR"]) >= 1.5 * mean(s for s in similarity["blind"] if s is not None)
 
 
 def test_every_layer_fires(small, any_version):
