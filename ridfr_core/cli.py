@@ -11,6 +11,8 @@ def main(argv: list[str] | None = None) -> None:
     train = commands.add_parser("train", help="train networks").add_subparsers(dest="what", required=True)
     nano = train.add_parser("nano", help="the embedded models, from nothing, on drawn portraits")
     nano.add_argument("stages", nargs="*", help="only these stages (default: all, in order)")
+    nano.add_argument("--from-shipped", action="store_true",
+                      help="take the shipped weights where the work folder has no checkpoint")
     evaluate = commands.add_parser("evaluate", help="measure networks").add_subparsers(dest="what", required=True)
     figures = evaluate.add_parser("nano", help="the embedded models, on people they never saw")
     for command in (nano, figures):
@@ -24,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     unknown = set(stages) - {*training.STAGES}
     if unknown:
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; the stages are {', '.join(training.STAGES)}")
-    training.train(stages, arguments.work, arguments.threads)
+    training.train(stages, arguments.work, arguments.threads, getattr(arguments, "from_shipped", False))
 
 
 if __name__ == "__main__":

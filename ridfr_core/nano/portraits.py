@@ -16,6 +16,7 @@ SPLITS = {
     "judge": range(2_000_000, 3_000_000),
 }
 PARSING = CLASSES
+CAPTION = len(TRAITS) + len(NUISANCES)
 _FRECKLES = 22
 _CHUNK = 16  # portraits drawn at once: keeps the working set in cache
 
@@ -34,6 +35,12 @@ class Portraits:
 def traits_of(identities: torch.Tensor) -> torch.Tensor:
     """The standardised identity vectors: int64 seeds [B] -> float32 [B, len(TRAITS)], zero mean, unit variance."""
     return uniform(identity_keys(identities), len(TRAITS)) * 3**0.5
+
+
+def captions(identities: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+    """All that a portrait is drawn from, freckles aside: int64 seeds [B], [B] -> float32 [B, CAPTION] in [-1, 1)."""
+    return torch.cat([uniform(identity_keys(identities), len(TRAITS)),
+                      uniform(view_keys(identities, views), len(NUISANCES))], 1)
 
 
 def render(identities: torch.Tensor, views: torch.Tensor, size: int = 128) -> Portraits:

@@ -117,5 +117,6 @@ class Run:
         state = torch.load(self.path, weights_only=True)
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         self.module.load_state_dict(state["module"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema = state["ema"]
+        if state["optimizer"]:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.ema |= state["ema"]

@@ -22,6 +22,7 @@ from ..nano.config import HEADS, PREDICTION
 from ..recognition import load_iresnet
 from . import nano_diffusion, nano_figures, nano_vae, nano_vision
 from .detector import train_detector
+from .nano_shipped import adopt
 from .portrait_data import portrait_set
 from .recogniser import train_recogniser
 
@@ -117,9 +118,15 @@ def save(name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Non
     os.replace(partial, path)
 
 
-def train(stages: list[str], work: Path, threads: int) -> None:
-    """Run the named stages in their order (all of them if none is named)."""
+def train(stages: list[str], work: Path, threads: int, from_shipped: bool = False) -> None:
+    """Run the named stages in their order (all of them if none is named).
+
+    from_shipped: take the shipped weights for finished runs where `work` has none.
+    """
     torch.set_num_threads(threads)
+    if from_shipped:
+        work.mkdir(parents=True, exist_ok=True)
+        adopt(work)
     nano = NanoTraining(work)
     for name in stages or STAGES:
         STAGES[name](nano)

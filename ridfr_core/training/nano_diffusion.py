@@ -15,13 +15,15 @@ from ..adapter import IdentityAdapter, decoupled_attention
 from ..content import ContentSpec, prepare_lq
 from ..degradation import DegradationRange, degrade
 from ..faces import align
-from ..nano.config import ADAPTER, CLIP_VISION, CONTEXT, LATENT_SCALE, PREDICTION, SCHEDULE, UNET
+from ..nano.config import ADAPTER, CLIP_VISION, CONTEXT, LATENT_SCALE, PORTRAIT, PREDICTION, SCHEDULE, UNET
+from ..nano.portraits import CAPTION
 from ..recognition import embed
 from . import nano_vision
 from .loop import Recipe, Run
+from .nano_vae import near
 from .portrait_data import PortraitSet
 
-BASE = Recipe(steps=1500, batch=32, lr=1e-3, ema=0.998)
+BASE = Recipe(steps=7000, batch=32, lr=1e-3, ema=0.998)
 ADAPT = Recipe(steps=1800, batch=32, lr=8e-4, ema=0.997)
 CONTENT = Recipe(steps=1000, batch=32, lr=8e-4, ema=0.997)
 ALIGN = Recipe(steps=300, batch=16, lr=3e-4, ema=0.99)
@@ -41,6 +43,26 @@ def empty_prompt(batch: int) -> Tensor:
     """What nano's text encoder says, whatever the prompt: the same vector at each place, so one place is enough."""
     vector = torch.randn(CONTEXT, generator=torch.Generator().manual_seed(0))
     return vector.expand(batch, 1, -1)
+
+
+class CaptionEncoder(nn.Module):
+    """Stands for SD's text encoder while the base learns: what a portrait shows -> tokens [B,8,CONTEXT].
+
+    A base that only ever read one empty prompt would have dead cross-attention: over a single token the softmax is
+    constant and the queries learn nothing, and no adapter can speak to it. Not part of the bundle.
+    """
+
+    tokens = 8
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(CAPTION, 512), nn.GELU(), nn.Linear(512, self.tokens * CONTEXT),
+                                    nn.Unflatten(1, (self.tokens, CONTEXT)), nn.LayerNorm(CONTEXT))
+
+    def forward(self, captions: Tensor, drop: Tensor) -> Tensor:
+        """captions: [B,CAPTION] in [-1,1]; drop: [B] bool, where the empty prompt stands instead."""
+        empty = empty_prompt(len(captions)).expand(-1, self.tokens, -1)
+        return torch.where(drop[:, None, None], empty, self.layers(captions))
 
 
 def build_unet() -> nn.Module:
@@ -157,6 +179,11 @@ class Material:
     def rows(self, recipe: Recipe, generator: torch.Generator) -> Tensor:
         return torch.randint(len(self.portraits), (recipe.batch,), generator=generator)
 
+    def weight(self, rows: Tensor) -> Tensor:
+        """How much each place of the latents counts [B,1,16,16], 1 on average: the face's features most."""
+        weight = near(self.portraits.landmarks[rows] / 8, PORTRAIT // 8, radius=1.5)
+        return weight / weight.mean((2, 3), keepdim=True)
+
     def lq(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Severely degraded portraits at latent size, in the content module's value range [B,3,16,16]."""
         damage = SEVERE.draw(len(rows), generator)
@@ -190,9 +217,11 @@ class Noised:
         return other
 
 
-def predict(unet, content, noised: Noised, lq: Tensor | None = None, identity=None) -> Tensor:
-    """The UNet's prediction with either, both or none of the two conditions."""
-    context, residuals = empty_prompt(len(noised.z)), {}
+def predict(unet, content, noised: Noised, lq: Tensor | None = None, identity=None, context=None) -> Tensor:
+    """The UNet's prediction with any of the conditions; context: text tokens, the empty prompt's if left out."""
+    residuals = {}
+    if context is None:
+        context = empty_prompt(len(noised.z))
     if lq is not None:
         both = SPEC.concat(noised.z, lq)
         down, mid = content(both, noised.t, context, torch.zeros(()), return_dict=False)
@@ -201,19 +230,26 @@ def predict(unet, content, noised: Noised, lq: Tensor | None = None, identity=No
     return unet(noised.z, noised.t, context, cross_attention_kwargs=kwargs, **residuals).sample
 
 
+def error(guess: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean squared error of predictions [B,4,h,w], weighted by the places' weights [B,1,h,w]."""
+    return (weight * (guess.float() - target).square()).mean()
+
+
 def train_base(run_folder, material: Material, recipe: Recipe = BASE) -> nn.Module:
-    """The unconditional prior over portraits, nano's "Stable Diffusion"."""
+    """The captioned prior over portraits, nano's "Stable Diffusion"; a quarter of the captions are empty."""
     torch.manual_seed(recipe.seed)
-    unet, noise_schedule = build_unet(), schedule()
+    unet, encoder, noise_schedule = build_unet(), CaptionEncoder(), schedule()
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = material.rows(recipe, generator)
+        drop = torch.rand(recipe.batch, generator=generator) < 0.25
         noised = Noised(material.latents[rows].float(), noise_schedule, generator)
         with torch.autocast("cpu", torch.bfloat16):
-            guess = predict(unet, None, noised)
-        return F.mse_loss(guess.float(), noised.target)
+            context = encoder(material.portraits.captions(rows), drop)
+            guess = predict(unet, None, noised, context=context)
+        return error(guess, noised.target, material.weight(rows))
 
-    Run(run_folder, "base", unet, recipe).train(loss)
+    Run(run_folder, "base", nn.ModuleDict({"unet": unet, "captions": encoder}), recipe).train(loss)
     return unet.requires_grad_(False).eval()
 
 
@@ -230,7 +266,7 @@ def train_adapter(run_folder, material: Material, unet: nn.Module, recipe: Recip
         with torch.autocast("cpu", torch.bfloat16):
             tokens = adapter.tokens(*material.identity(rows, drop), shortcut=True)
             guess = predict(unet, None, noised, identity=adapter.keys_values(tokens))
-        return F.mse_loss(guess.float(), noised.target)
+        return error(guess, noised.target, material.weight(rows))
 
     Run(run_folder, "adapter", adapter, recipe).train(loss)
     return adapter.requires_grad_(False).eval()
@@ -247,7 +283,7 @@ def train_content(run_folder, material: Material, unet: nn.Module, recipe: Recip
         noised = Noised(material.latents[rows].float(), noise_schedule, generator)
         with torch.autocast("cpu", torch.bfloat16):
             guess = predict(unet, content, noised, lq)
-        return F.mse_loss(guess.float(), noised.target)
+        return error(guess, noised.target, material.weight(rows))
 
     Run(run_folder, "content", content, recipe).train(loss)
     return content.requires_grad_(False).eval()
@@ -279,7 +315,7 @@ def train_aligned(
                 tokens = adapter.tokens(*material.identity(references.T.flatten(), nobody.repeat(2)))
                 identity = adapter.keys_values(tokens)
             guess = predict(unet, content, twice, lq, identity).float()
-        diffusion = F.mse_loss(guess, twice.target)
+        diffusion = error(guess, twice.target, material.weight(rows).repeat(2, 1, 1, 1))
         first, second = guess.chunk(2)
         alignment = F.mse_loss(first, second)
         return diffusion + strength * alignment, {"alignment": alignment.item()}

@@ -31,7 +31,7 @@ def train(run_folder, portraits: PortraitSet, recipe: Recipe = RECIPE) -> nn.Mod
     def loss(step: int, generator: torch.Generator) -> Tensor:
         whole = step >= WHOLE * recipe.steps
         rows = torch.randint(len(portraits), (recipe.batch // 4 if whole else recipe.batch,), generator=generator)
-        images, weight = portraits.batch(rows) * 2 - 1, near(portraits.landmarks[rows], PORTRAIT)
+        images, weight = portraits.batch(rows) * 2 - 1, near(portraits.landmarks[rows], PORTRAIT, radius=9)
         if not whole:
             images, weight = windows(images, weight, portraits.landmarks[rows], generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -48,11 +48,11 @@ def train(run_folder, portraits: PortraitSet, recipe: Recipe = RECIPE) -> nn.Mod
     return vae
 
 
-def near(landmarks: Tensor, size: int) -> Tensor:
+def near(landmarks: Tensor, size: int, radius: float) -> Tensor:
     """Weights [B,1,size,size]: 1 far from the landmarks [B,5,2], 7 on them."""
     axis = torch.arange(size, dtype=torch.float32)
     x, y = landmarks[..., 0, None] - axis, landmarks[..., 1, None] - axis
-    bells = torch.exp(-(y.square()[..., :, None] + x.square()[..., None, :]) / (2 * 9**2))
+    bells = torch.exp(-(y.square()[..., :, None] + x.square()[..., None, :]) / (2 * radius**2))
     return 1 + 6 * bells.amax(1, keepdim=True)
 
 

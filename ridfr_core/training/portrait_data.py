@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nano.config import PORTRAIT
-from ..nano.portraits import SPLITS, render
+from ..nano.portraits import SPLITS, captions, render
 
 CHUNK = 250
 
@@ -20,12 +20,14 @@ CHUNK = 250
 class PortraitSet:
     """`people` x `views` portraits, person-major: row = person * views + view.
 
-    images: uint8 [N,3,S,S] (memory-mapped); landmarks: [N,5,2] pixels.
+    images: uint8 [N,3,S,S] (memory-mapped); landmarks: [N,5,2] pixels; first_person, first_view: their seeds.
     """
 
     folder: Path
     people: int
     views: int
+    first_person: int
+    first_view: int
     images: np.ndarray
     landmarks: Tensor
 
@@ -35,6 +37,10 @@ class PortraitSet:
     def batch(self, rows: Tensor) -> Tensor:
         """Portraits [B,3,S,S] in [0,1]."""
         return torch.from_numpy(self.images[rows.numpy()]).float() / 255
+
+    def captions(self, rows: Tensor) -> Tensor:
+        """What the portraits show, in numbers [B,CAPTION] from -1 to 1."""
+        return captions(self.first_person + rows // self.views, self.first_view + rows % self.views)
 
     def feature(self, name: str, net: nn.Module, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """What `compute(images, landmarks)` gives for every portrait, as float16 [N,...].
@@ -69,9 +75,11 @@ def portrait_set(work: Path, split: str, people: int, views: int, first_view: in
     folder = work / f"portraits-{split}-{people}x{views}-from{first_view}"
     folder.mkdir(parents=True, exist_ok=True)
     pictures, points = folder / "images.npy", folder / "landmarks.npy"
+    first_person = SPLITS[split].start
     if not points.exists():
-        _render(pictures, points, SPLITS[split].start, people, views, first_view)
-    return PortraitSet(folder, people, views, np.load(pictures, mmap_mode="r"), torch.from_numpy(np.load(points)))
+        _render(pictures, points, first_person, people, views, first_view)
+    images = np.load(pictures, mmap_mode="r")
+    return PortraitSet(folder, people, views, first_person, first_view, images, torch.from_numpy(np.load(points)))
 
 
 def _render(pictures: Path, points: Path, start: int, people: int, views: int, first_view: int) -> None:

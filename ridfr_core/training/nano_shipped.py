@@ -1,0 +1,44 @@
+"""The shipped nano weights as finished runs, so that a machine without their checkpoints can train them further."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import read
+from ..content import controlnet_to_ldm
+from ..layouts import unet_to_ldm, vae_to_ldm
+from ..nano import WEIGHTS
+from . import nano_diffusion, nano_vae, nano_vision
+
+
+def adopt(work: Path) -> None:
+    """Write WORK/NAME.pt, a run that has taken its recipe's steps, for each diffusion network that has none there.
+
+    The optimiser's state is not shipped: what goes on learning starts with a new one.
+    """
+    checkpoint, _ = read(WEIGHTS / "checkpoint.safetensors")
+    content, _ = read(WEIGHTS / "content_controlnet.safetensors")
+    vision, _ = read(WEIGHTS / "clip_vision.safetensors")
+    adapter, _ = read(WEIGHTS / "identity_adapter.safetensors")
+    unet, vae = nano_diffusion.build_unet(), nano_vae.build()
+    control = nano_diffusion.build_content(unet)
+    unet_state = from_ldm(unet, unet_to_ldm, checkpoint, "model.diffusion_model.")
+    runs = {
+        "vae": (nano_vae.RECIPE, from_ldm(vae, vae_to_ldm, checkpoint, "first_stage_model.")),
+        "vision": (nano_vision.RECIPE, {f"tower.{k}": v.float() for k, v in vision.items()}),
+        "base": (nano_diffusion.BASE, {f"unet.{k}": v for k, v in unet_state.items()}),
+        "adapter": (nano_diffusion.ADAPT, {k: v.float() for k, v in adapter.items()}),
+        f"aligned-{1.0:g}": (nano_diffusion.ALIGN, from_ldm(control, controlnet_to_ldm, content)),
+    }
+    for name, (recipe, state) in runs.items():
+        path = work / f"{name}.pt"
+        if not path.exists():
+            torch.save({"step": recipe.steps, "seconds": 0.0, "history": [], "ema": state, "module": state,
+                        "optimizer": None}, path)
+
+
+def from_ldm(module: nn.Module, rename, tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The diffusers state of `module` in fp32, out of tensors in the layout that `rename` writes."""
+    own = module.state_dict()
+    return {key: tensors[prefix + name].float().view(own[key].shape) for key, name in zip(own, rename(own))}

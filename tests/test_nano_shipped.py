@@ -1,0 +1,27 @@
+"""Going on from the shipped weights."""
+
+import torch
+
+from ridfr_core.content import controlnet_to_ldm
+from ridfr_core.layouts import vae_to_ldm
+from ridfr_core.nano import WEIGHTS
+from ridfr_core.checkpoints import read
+from ridfr_core.training import nano_diffusion, nano_vae
+from ridfr_core.training.nano_shipped import adopt, from_ldm
+
+
+def test_what_the_bundle_stores_comes_back_in_diffusers_layout():
+    vae, content = nano_vae.build(), nano_diffusion.build_content(nano_diffusion.build_unet())
+    for module, rename in ((vae, vae_to_ldm), (content, controlnet_to_ldm)):
+        state = module.state_dict()
+        back = from_ldm(module, rename, rename(state))
+        assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
+
+
+def test_adopted_runs_are_finished_and_older_checkpoints_stay(tmp_path):
+    (tmp_path / "vae.pt").write_text("mine")
+    adopt(tmp_path)
+    assert (tmp_path / "vae.pt").read_text() == "mine"
+    unet = nano_diffusion.train_base(tmp_path, material=None)  # no step is left to take
+    shipped, _ = read(WEIGHTS / "checkpoint.safetensors")
+    assert torch.equal(unet.conv_out.weight, shipped["model.diffusion_model.out.2.weight"].float())
