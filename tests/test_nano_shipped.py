@@ -2,10 +2,10 @@
 
 import torch
 
+from ridfr_core.checkpoints import read
 from ridfr_core.content import controlnet_to_ldm
 from ridfr_core.layouts import vae_to_ldm
 from ridfr_core.nano import WEIGHTS
-from ridfr_core.checkpoints import read
 from ridfr_core.training import nano_diffusion, nano_vae
 from ridfr_core.training.nano_shipped import adopt, from_ldm
 
