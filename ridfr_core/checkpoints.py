@@ -28,11 +28,12 @@ class CheckpointError(ValueError):
     """A weight file that can't be used; the message is one sentence a user can act on."""
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors or PyTorch file, which is told by its content.
 
     Nested dicts are flattened with dots, a `state_dict` wrapper is dropped, values that are not tensors are left out.
     Pickles are read weights-only, so code in them never runs. The metadata of a pickle is empty.
+    device: "cpu", or "meta" for the tensors' names and shapes alone, which is quick for gigabytes of safetensors.
     Raises CheckpointError: not found, not a weight file, cut short, or a pickle that holds more than weights.
     """
     path = Path(path)
@@ -41,27 +42,31 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with path.open("rb") as file:
         head = file.read(9)
     if head[8:] == b"{":  # safetensors: eight bytes of header size, then JSON
-        return _read_safetensors(path)
+        return _read_safetensors(path, device)
     if head.startswith((b"PK", b"\x80")):  # torch's zip format; its older bare pickle
-        return _read_pickle(path), {}
+        return _read_pickle(path, device), {}
     raise CheckpointError(
         f"'{path.name}' is neither safetensors nor a PyTorch file (an unfinished download, a saved web page or a Git "
         "LFS pointer can look like this): download it again."
     )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path, device: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             keys = file.keys()
-            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+            if device == "meta":
+                tensors = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
+            else:
+                tensors = {key: file.get_tensor(key) for key in keys}
+            return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(f"'{path.name}' is damaged or cut short: download it again.") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"'{path.name}' holds more than weights, and code in it could run when it is read, so it was refused: "

@@ -56,7 +56,7 @@ def load_face_model(folder: str | Path, operations: ModuleType | type = nn) -> F
     files = sorted(folder.glob("*.onnx")) or sorted(folder.glob("*/*.onnx"))
     roles: dict[str, Path] = {}
     for path in files:
-        roles.setdefault(_role(path), path)
+        roles.setdefault(role_of(path), path)
     for role, needed in (("detector", "SCRFD detector with landmarks"),
                          ("recogniser", "ArcFace recogniser (112x112 to 512)")):
         if role not in roles:
@@ -68,7 +68,7 @@ def load_face_model(folder: str | Path, operations: ModuleType | type = nn) -> F
     return FaceModel(folder.name, Detector(roles["detector"]), _recogniser(path, operations), digest)
 
 
-def _role(path: Path) -> str:
+def role_of(path: Path) -> str:
     """"detector", "recogniser" or "other", told by the model's inputs and outputs as insightface does."""
     import onnx
 
@@ -93,5 +93,5 @@ def _shape(value) -> list[int]:
 def _recogniser(path: Path, operations: ModuleType | type) -> nn.Module:
     try:
         return load_iresnet(path, operations)
-    except FaceModelError:  # a whole ONNX file, as _role has read it, but of another network
+    except FaceModelError:  # a whole ONNX file, as role_of has read it, but of another network
         return OnnxRecogniser(path)

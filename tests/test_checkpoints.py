@@ -143,3 +143,12 @@ def test_expect_says_what_it_is_and_what_it_should_be(wanted, kind, state):
         expect(state, wanted, "x.bin")
     message = str(caught.value)
     assert "x.bin" in message and KINDS[kind] in message and KINDS[wanted] in message
+
+
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_names_and_shapes_without_data(tmp_path, save):
+    save(WEIGHTS, tmp_path / "x.safetensors")
+    state, _ = read(tmp_path / "x.safetensors", "meta")
+    assert {key: (tensor.shape, tensor.is_meta) for key, tensor in state.items()} == {
+        key: (tensor.shape, True) for key, tensor in WEIGHTS.items()
+    }
