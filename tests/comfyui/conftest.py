@@ -1,15 +1,19 @@
 """Real ComfyUI: servers with the pack in custom_nodes, and ComfyUI's own modules in this process."""
 
+import asyncio
 import importlib.util
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from tools.cache import CHECKOUT
 from tools.server import PACK, Client, Server, link_pack
@@ -104,3 +108,87 @@ def pack(comfy, checkout) -> ModuleType:
 def nano_workflow(checkout) -> dict:
     """workflows/ridfr_nano.json, in the editor's format."""
     return json.loads((checkout / "workflows" / "ridfr_nano.json").read_text(encoding="utf-8"))
+
+
+# The nodes in this process, on random nano weights: trained ones could hide an error
+
+
+@pytest.fixture(scope="session")
+def weights(checkout, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    subprocess.run([sys.executable, "-m", "tests.nano_random", folder], cwd=checkout, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nodes(pack, weights) -> Iterator[dict]:
+    """Every node class by its id."""
+    before, pack.nodes.paths.WEIGHTS = pack.nodes.paths.WEIGHTS, weights
+    pack.nodes.paths.register_folders()
+    extension = asyncio.run(pack.comfy_entrypoint())
+    yield {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
+    pack.nodes.paths.WEIGHTS = before
+
+
+@pytest.fixture
+def inference_mode() -> Iterator[None]:
+    """As ComfyUI runs nodes; without it gradient bugs hide."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def nano(nodes) -> SimpleNamespace:
+    """MODEL, CLIP, VAE, CLIP_VISION and the empty prompt."""
+    with torch.inference_mode():
+        model, clip, vae, vision = nodes["RIDFR_LoadNanoModels"].execute().args
+        prompt = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    return SimpleNamespace(model=model, clip=clip, vae=vae, vision=vision, prompt=prompt)
+
+
+@pytest.fixture(scope="module")
+def adapter(nodes):
+    return nodes["RIDFR_LoadIdentityAdapter"].execute("nano", "auto")[0]
+
+
+@pytest.fixture(scope="module")
+def face_model(nodes):
+    return nodes["RIDFR_LoadFaceModel"].execute("nano")[0]
+
+
+@pytest.fixture(scope="module")
+def identity(pack):
+    """Two people, one photo each, with random features."""
+    g = torch.Generator().manual_seed(7)
+    core = pack.ridfr_core.identity
+    people = tuple(
+        core.Person(
+            F.normalize(torch.randn(1, 512, generator=g), dim=1), torch.randn(1, 65, 128, generator=g), torch.ones(1)
+        )
+        for _ in range(2)
+    )
+    return core.Identity(people, torch.randn(65, 128, generator=g), "digest", torch.zeros(2, 3, 112, 112))
+
+
+@pytest.fixture(scope="session")
+def sample(comfy):
+    """sample(model, positive, ...) -> KSampler's latents [batch,4,16,16]."""
+    from nodes import common_ksampler
+
+    def sample(model, positive, negative=None, batch=2, steps=2, cfg=1.0, seed=1, sampler="uni_pc_bh2"):
+        latent = {"samples": torch.zeros(batch, 4, 16, 16)}
+        negative = positive if negative is None else negative
+        return common_ksampler(model, seed, steps, cfg, sampler, "normal", positive, negative, latent)[0]["samples"]
+
+    return sample
+
+
+@pytest.fixture
+def apply(nodes, nano, adapter):
+    """apply(identity, strength, start, end, model) -> the nano model, or the given one, with the identity."""
+
+    def apply(identity, strength=1.0, start=0.0, end=1.0, model=None, **options):
+        node = nodes["RIDFR_ApplyIdentity"]
+        return node.execute(model or nano.model, adapter, identity, strength, start, end, **options)[0]
+
+    return apply
