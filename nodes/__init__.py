@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .doctor import Doctor
 from .identity import ApplyIdentity, CompareIdentity, ExtractIdentity
 from .images import ColorFix, DegradeFace, NanoPortraits
 from .loaders import LoadContentControlNet, LoadFaceModel, LoadIdentityAdapter, LoadNanoModels
@@ -24,6 +25,7 @@ class RIDFRExtension(ComfyExtension):
             DegradeFace,
             ColorFix,
             NanoPortraits,
+            Doctor,
         ]
 
 

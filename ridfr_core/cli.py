@@ -2,9 +2,9 @@
 
 import argparse
 
-from .commands import evaluate, train
+from .commands import doctor, evaluate, train
 
-COMMANDS = {"train": train, "evaluate": evaluate}
+COMMANDS = {"doctor": doctor, "train": train, "evaluate": evaluate}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,7 +24,7 @@ LOCK = CHECKOUT / "tools" / "lock.txt"
 STAMP = "ridfr.json"  # written last: an environment without it is half made
 MODULES = {  # what the pack and this tool import, and what pip calls it
     "torch": "torch", "aiohttp": "aiohttp", "safetensors": "safetensors", "kornia": "kornia", "onnx": "onnx",
-    "onnxruntime": "onnxruntime", "insightface": "insightface", "PIL": "pillow",
+    "onnxruntime": "onnxruntime", "insightface": "insightface", "PIL": "pillow", "yaml": "pyyaml",
     "comfy_cli": "comfy-cli", "websocket": "websocket-client",
 }
 TEST_MODULES = {"pytest": "pytest", "diffusers": "diffusers", "transformers": "transformers", "ruff": "ruff"}

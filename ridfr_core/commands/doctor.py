@@ -1,0 +1,48 @@
+"""Look what is missing for the shipped graphs: model files, packages, folders."""
+
+import argparse
+import os
+from pathlib import Path
+
+PACK = Path(__file__).parents[2]
+
+
+def describe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workflows", nargs="*", help="only what these graphs need, as ridfr_sd15_tile (default: all)")
+    parser.add_argument("--comfyui", type=Path, default=where(), help="ComfyUI's folder (default: COMFYUI_PATH, or the "
+                        "one that the pack lies in)")
+    parser.add_argument("--hash", action="store_true", help="compare SHA-256 too: reads the files whole")
+
+
+def where() -> Path | None:
+    """ComfyUI's folder, if COMFYUI_PATH names it or the pack lies in its custom_nodes."""
+    if named := os.environ.get("COMFYUI_PATH"):
+        return Path(named).expanduser()
+    return PACK.parents[1] if PACK.parent.name == "custom_nodes" else None
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the findings as they come. Exit code: 0 the graphs can run, 1 they cannot, 2 there is no ComfyUI."""
+    from .. import doctor, host
+    from ..known_models import WORKFLOWS
+
+    workflows = options.workflows or list(WORKFLOWS)
+    if unknown := set(workflows) - WORKFLOWS.keys():
+        fail(f"there is no graph {', '.join(sorted(unknown))}; there are {', '.join(WORKFLOWS)}")
+    if options.comfyui is None or not options.comfyui.is_dir():
+        fail(f"{options.comfyui or 'ComfyUI'} is not found: name ComfyUI's folder with --comfyui or COMFYUI_PATH")
+    try:
+        folders = host.model_folders(options.comfyui)
+    except ValueError as error:
+        fail(str(error))
+    findings = []
+    for finding in doctor.examine(folders, host.version_of(options.comfyui), workflows, options.hash):
+        findings.append(finding)
+        print(finding, flush=True)
+    print(doctor.verdict(findings, workflows))
+    raise SystemExit(not all(finding.healthy for finding in findings))
+
+
+def fail(message: str) -> None:
+    print(f"ridfr doctor: {message}", flush=True)
+    raise SystemExit(2)
