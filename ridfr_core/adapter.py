@@ -188,17 +188,25 @@ def lora_of(state_dict: Mapping) -> dict[str, Tensor]:
     return {key: weight for key, weight in flatten(state_dict).items() if is_lora(key)}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Multi-head softmax(QK^T/sqrt(d))V for q [B,L,C] and k, v [B,T,C]."""
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Multi-head softmax(QK^T/sqrt(d) + bias)V for q [B,L,C], k, v [B,T,C] and bias [B,1,1,T]."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
 def decoupled_attention(
-    text_out: Tensor, q: Tensor, k_id: Tensor, v_id: Tensor, heads: int, scale: float | Tensor
+    text_out: Tensor,
+    q: Tensor,
+    k_id: Tensor,
+    v_id: Tensor,
+    heads: int,
+    scale: float | Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention(Q,K,V) + scale * Attention(Q,K',V'): RIDFR Eq. 3, before the layer's output projection.
 
-    Args: text_out, q [B,L,C]; k_id, v_id [B,T,C]; scale a number or [B,1,1]. Returns [B,L,C].
+    Args: text_out, q [B,L,C]; k_id, v_id [B,T,C]; scale a number or [B or 1, L or 1, 1]; bias [B,1,1,T], added to the
+    logits of the identity tokens: the logarithm of a token's weight, -inf for none. Returns [B,L,C].
     """
-    return text_out + scale * attention(q, k_id.to(q), v_id.to(q), heads)
+    bias = None if bias is None else bias.to(q)
+    return text_out + scale * attention(q, k_id.to(q), v_id.to(q), heads, bias)

@@ -177,3 +177,18 @@ def test_another_base_is_refused():
     with pytest.raises(CheckpointError, match="has 5 cross-attention layers, but SD1.5 has 16 and SDXL 70"):
         IdentityAdapter([64] * 5, dim=128, clip_dim=96)
     assert [len(layers) for layers in BASES.values()] == [16, 70]
+
+
+def test_weighted_and_masked_tokens():
+    """softmax with a bias log(w) is attention in which a token counts w times; -inf leaves it out."""
+    torch.manual_seed(2)
+    text, q, k, v = (torch.randn(2, length, 16) for length in (9, 9, 5, 5))
+    counts = torch.tensor([[1.0, 1, 3, 3, 0], [2.0, 2, 1, 0, 0]])
+    want = text.double().clone()
+    for b in range(2):
+        for head in range(2):
+            columns = slice(8 * head, 8 * head + 8)
+            scores = counts[b] * (q[b, :, columns].double() @ k[b, :, columns].double().T / 8**0.5).exp()
+            want[b, :, columns] += 0.7 * (scores / scores.sum(-1, keepdim=True)) @ v[b, :, columns].double()
+    got = decoupled_attention(text, q, k, v, 2, 0.7, counts.log()[:, None, None])
+    assert relative_error(got, want) < 1e-6
