@@ -44,16 +44,19 @@ def warp(images: Tensor, matrix: Tensor, size: int) -> Tensor:
     Bilinear, zero outside, the pixel convention of `cv2.warpAffine`; differentiable in both arguments.
     Returns [B,C,size,size].
     """
-    height, width = images.shape[-2:]
+    grid = warp_grid(matrix, images.shape[-2:], size).to(images.dtype)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def warp_grid(matrix: Tensor, image_size: tuple[int, int], size: int) -> Tensor:
+    """`F.grid_sample`'s grid [B,size,size,2] of `warp`, for images of (height, width)."""
     linear, shift = matrix[..., :2], matrix[..., 2:]
-    axis = torch.arange(size, device=images.device, dtype=matrix.dtype)
+    axis = torch.arange(size, device=matrix.device, dtype=matrix.dtype)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     target = torch.stack([x, y]).view(1, 2, -1)
     source = torch.linalg.inv(linear) @ (target - shift)
-    extent = torch.tensor([width, height], device=images.device, dtype=matrix.dtype)
-    grid = (2 * source.transpose(1, 2) + 1) / extent - 1
-    grid = grid.view(-1, size, size, 2).to(images.dtype)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    extent = torch.tensor(image_size[::-1], device=matrix.device, dtype=matrix.dtype)
+    return ((2 * source.transpose(1, 2) + 1) / extent - 1).view(-1, size, size, 2)
 
 
 def align(images: Tensor, landmarks: Tensor, size: int = 112) -> Tensor:

@@ -1,0 +1,223 @@
+"""ID-preserving sampling: the predicted noise is moved until the face in the estimate resembles the reference.
+
+"ID-PreFeR", section 3.4, Eq. 7:
+
+    eps~ = eps^ + delta * grad_eps < f(D((z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t))), f(x_ref) >
+
+With x = z_t / sqrt(abar_t) and sigma = sqrt((1 - abar_t) / abar_t), as k-diffusion and ComfyUI have it, the estimate is
+z0 = x - sigma * eps. The gradient passes the VAE's decoder D and the recogniser f, never the UNet.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .faces import ARCFACE_TEMPLATE, align, similarity_transform, warp_grid
+from .identity import Person
+from .recognition import CROP_SIZE, embed
+
+# Brows to lower lip, cheek to cheek, in the pixels of the ArcFace crop: what the recogniser goes by.
+FACE = torch.tensor([[20.0, 34.0], [92.0, 34.0], [92.0, 106.0], [20.0, 106.0]])
+MARGIN = 2  # latent pixels decoded beyond it and thrown away: the decoder is not itself at its edges
+
+MEAN, BEST, AUTO = "mean", "best", "auto"
+
+
+class GuidanceError(ValueError):
+    """Guidance cannot work on these inputs; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class DecodeMode:
+    """How the estimate becomes a picture: of the whole latent or of the face alone; with the decoder's blocks computed
+    again in the backward pass instead of kept; in bfloat16; by an approximate decoder."""
+
+    whole: bool = False
+    checkpointed: bool = False
+    half: bool = False
+    approximate: bool = False
+
+
+# Each needs less memory than the one before it.
+DECODE_MODES = {
+    "whole picture": DecodeMode(whole=True),
+    "face": DecodeMode(),
+    "face, checkpointed": DecodeMode(checkpointed=True),
+    "face, checkpointed, bf16": DecodeMode(checkpointed=True, half=True),
+    "face, TAESD": DecodeMode(approximate=True),
+}
+
+
+@dataclass(frozen=True)
+class GuidedFace:
+    """One element's face: where it lies in the latent, how it is aligned, and whom it shall resemble.
+
+    box: (top, bottom, left, right) of what is decoded, in latent pixels. inner: [1,1,H,W], 1 where the decoded pixels
+    count. grid: [1,112,112,2], where `F.grid_sample` finds the ArcFace crop in them. surround: [1,3,112,112], the rest
+    of the crop, 0 where the decoded pixels go. references: [N,512], unit length.
+    """
+
+    box: tuple[int, int, int, int]
+    inner: Tensor
+    grid: Tensor
+    surround: Tensor
+    references: Tensor
+
+    @property
+    def window(self) -> tuple:
+        """The index of the box in latents [...,h,w]."""
+        top, bottom, left, right = self.box
+        return (..., slice(top, bottom), slice(left, right))
+
+    def to(self, *args, **kwargs) -> "GuidedFace":
+        """Moved as `Tensor.to` does."""
+        names = ("inner", "grid", "surround", "references")
+        return replace(self, **{name: getattr(self, name).to(*args, **kwargs) for name in names})
+
+
+def guided_face(picture: Tensor, landmarks: Tensor, references: Tensor, latent_size: tuple[int, int],
+                scale: int = 8, whole: bool = False) -> GuidedFace:
+    """The face at `landmarks` [5,2] of a picture [3,H,W] in [0,1], which shows what the latent of `latent_size` shows.
+
+    scale: pixels per latent pixel. Decoding the face alone, the crop's outer part, hair and neck, is the picture's.
+    """
+    size = torch.tensor(picture.shape[:0:-1])  # width, height
+    target = torch.tensor(latent_size[::-1]) * scale
+    points = (landmarks + 0.5) * (target / size) - 0.5
+    matrix = similarity_transform(points[None], ARCFACE_TEMPLATE)
+    height, width = latent_size
+    top, bottom, left, right = kept = (0, height, 0, width) if whole else _face_box(matrix[0], latent_size, scale)
+    top, bottom = max(top - MARGIN, 0), min(bottom + MARGIN, height)
+    left, right = max(left - MARGIN, 0), min(right + MARGIN, width)
+    inner = torch.zeros(1, 1, (bottom - top) * scale, (right - left) * scale)
+    inner[..., (kept[0] - top) * scale:(kept[1] - top) * scale, (kept[2] - left) * scale:(kept[3] - left) * scale] = 1
+    matrix = similarity_transform(points[None] - torch.tensor([left, top]) * scale, ARCFACE_TEMPLATE)
+    grid = warp_grid(matrix, inner.shape[-2:], CROP_SIZE)
+    surround = align(picture[None], landmarks[None]) * (1 - F.grid_sample(inner, grid, align_corners=False))
+    return GuidedFace((top, bottom, left, right), inner, grid, surround, references)
+
+
+def _face_box(matrix: Tensor, latent_size: tuple[int, int], scale: int) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of FACE in latent pixels, at least one; matrix: [2,3], pixels to the crop."""
+    corners = torch.linalg.solve(matrix[:, :2], (FACE.to(matrix) - matrix[:, 2]).T).T
+    low, high = ((corners + 0.5) / scale).amin(0).floor().int(), ((corners + 0.5) / scale).amax(0).ceil().int()
+    left, top = (max(0, min(int(a), size - 1)) for a, size in zip(low, latent_size[::-1]))
+    right, bottom = (min(size, max(int(b), a + 1)) for a, b, size in zip((left, top), high, latent_size[::-1]))
+    return top, bottom, left, right
+
+
+def references_of(person: Person, choice: str, lq_embedding: Tensor | None = None) -> Tensor:
+    """The embeddings [N,512] that a face is compared with; the similarity is the largest of the N.
+
+    choice: MEAN, the photos' weighted mean; BEST, all of them, so that at every step the most similar counts; AUTO, the
+    one most similar to the low-quality face [512], as the paper selects x_ref.
+    """
+    if choice == MEAN:
+        return F.normalize((person.embeddings * person.weights[:, None]).sum(0, keepdim=True), dim=1)
+    if choice == AUTO:
+        return person.embeddings[(person.embeddings @ lq_embedding).argmax()][None]
+    return person.embeddings
+
+
+class FaceSimilarity(nn.Module):
+    """Cosine of the face in an estimate to its references: < f(align(D(z0))), f(x_ref) >.
+
+    decoder: latents [1,C,h,w] to pictures [1,3,H,W] in [0,1]; recogniser: as `IResNet`.
+    """
+
+    def __init__(self, decoder: nn.Module, recogniser: nn.Module):
+        super().__init__()
+        self.decoder, self.recogniser = decoder, recogniser
+
+    def forward(self, z0: Tensor, face: GuidedFace) -> Tensor:
+        """z0: [1,C,h,w], the face's window of the estimate. Returns [1]; GuidanceError where the gradient ends."""
+        picture = self.decoder(z0)
+        if z0.requires_grad and not picture.requires_grad:
+            raise GuidanceError("The VAE's decoder passes no gradient: use another VAE or another decode mode.")
+        crop = F.grid_sample(picture * face.inner, face.grid, align_corners=False) + face.surround
+        embedding = embed(self.recogniser, crop)
+        if z0.requires_grad and not embedding.requires_grad:
+            raise GuidanceError("The face model's recogniser passes no gradient: use a face model with an ArcFace "
+                                "ResNet, such as buffalo_l or antelopev2.")
+        return (embedding @ face.references.T).amax(1)
+
+
+class Ascent(nn.Module):
+    """Eq. 7, several times on one element.
+
+    step: delta; relative: as a fraction of the noise's RMS over the gradient's, else as it stands in the equation;
+    target: the similarity at which it stops; checkpointed: see `DecodeMode`. The gradient is taken within `forward`, so
+    that `torch.func.functional_call` can lend the networks other weights.
+    """
+
+    def __init__(self, similarity: FaceSimilarity, step: float, relative: bool = True, iterations: int = 1,
+                 target: float = 1.0, checkpointed: bool = False):
+        super().__init__()
+        self.similarity, self.step, self.relative = similarity, step, relative
+        self.iterations, self.target, self.checkpointed = iterations, target, checkpointed
+
+    def forward(self, eps: Tensor, x: Tensor, sigma: Tensor, face: GuidedFace) -> tuple[Tensor, Tensor]:
+        """eps, x: [1,C,h,w], the face's window; sigma: []. Returns (eps~, the similarity before each update [K]).
+
+        Where the similarity is not below the target, or is not a number, eps stays as it is.
+        """
+        similarities = []
+        with checkpoint_blocks(self.similarity.decoder) if self.checkpointed else nullcontext():
+            for _ in range(self.iterations):
+                eps = eps.detach().requires_grad_()
+                similarity = self.similarity(x - sigma * eps, face)
+                (gradient,) = torch.autograd.grad(similarity.sum(), eps)
+                if self.relative:
+                    gradient = gradient * (_rms(eps) / _rms(gradient).clamp_min(torch.finfo(eps.dtype).tiny))
+                eps = torch.where(similarity < self.target, eps + self.step * gradient, eps).detach()
+                similarities.append(similarity.detach())
+        return eps, torch.cat(similarities)
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def guide(ascend: Callable[[Tensor, Tensor, Tensor, GuidedFace], tuple[Tensor, Tensor]], x: Tensor, denoised: Tensor,
+          sigma: Tensor, faces: Sequence[GuidedFace | None]) -> tuple[Tensor, Tensor]:
+    """Eq. 7 on each element of a batch that has a face, one after the other: the memory does not grow with the batch.
+
+    ascend: an `Ascent`. x: [B,C,h,w] as z0 + sigma * eps; denoised: the model's z0, from which eps follows whatever the
+    model predicts (epsilon, v, z0); sigma: [B]. Returns (the guided z0, similarities before each update [faces,K]).
+    """
+    guided, similarities = denoised.clone(), []
+    for i, face in enumerate(faces):
+        if face is None:
+            continue
+        x_face, z0 = x[i:i + 1][face.window], denoised[i:i + 1][face.window]
+        eps = (x_face - z0) / sigma[i]
+        moved, similarity = ascend(eps, x_face, sigma[i], face)
+        guided[i:i + 1][face.window] = z0 - sigma[i] * (moved - eps)
+        similarities.append(similarity)
+    return guided, torch.stack(similarities)
+
+
+@contextmanager
+def checkpoint_blocks(network: nn.Module) -> Iterator[None]:
+    """Within it, each innermost block of a network keeps its input alone and is computed again for its gradient."""
+    blocks = [module for module in network.modules() if _is_block(module)]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether it is made of layers and nothing larger: a residual block, an attention, an upsampling."""
+    children = list(module.children())
+    return bool(children) and not isinstance(module, (nn.ModuleList, nn.Sequential)) \
+        and not any(list(child.children()) for child in children)
