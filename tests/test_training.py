@@ -1,5 +1,6 @@
 """Nano training: interrupted runs, the VAE's rescaling, the stages' networks."""
 
+import copy
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 from ridfr_core.training import nano_diffusion, nano_vae
 from ridfr_core.training.loop import Recipe, Run
+from ridfr_core.training.portrait_data import portrait_set
 
 RECIPE = Recipe(steps=30, batch=8, lr=0.01, warmup=3, seed=7)
 
@@ -67,6 +69,15 @@ class FourPortraits:
 
     def batch(self, rows):
         return torch.rand(len(rows), 3, 64, 64, generator=torch.Generator().manual_seed(int(rows.sum())))
+
+
+def test_the_decoder_trains_on_while_the_latents_stay(tmp_path):
+    torch.manual_seed(0)
+    vae, portraits = nano_vae.build().eval(), portrait_set(tmp_path, "val", 2, 2)
+    before = copy.deepcopy(vae.state_dict())
+    nano_vae.train_decoder(tmp_path, portraits, vae, Recipe(steps=2, batch=4, lr=1e-3, warmup=1))
+    changed = {key.split(".")[0] for key, weight in vae.state_dict().items() if not torch.equal(weight, before[key])}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_standardised_latents_keep_what_the_decoder_shows():

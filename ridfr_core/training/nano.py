@@ -42,7 +42,7 @@ class NanoTraining:
 
     @cached_property
     def vae(self):
-        return nano_vae.train(self.work, self.portraits)
+        return nano_vae.train_decoder(self.work, self.portraits, nano_vae.train(self.work, self.portraits))
 
     @cached_property
     def vision(self):

@@ -153,7 +153,7 @@ class Material:
     @cached_property
     def latents(self) -> Tensor:
         """[N,4,16,16] at unit variance."""
-        return self.portraits.feature("latents", self.vae, lambda images, _: latents_of(self.vae, images))
+        return self.portraits.feature("latents", encoder_of(self.vae), lambda images, _: latents_of(self.vae, images))
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -194,6 +194,10 @@ class Material:
         """(embeddings, CLIP features) of these portraits; where `drop` is true, of nobody."""
         return (torch.where(drop[:, None], 0.0, self.embeddings[rows].float()),
                 torch.where(drop[:, None, None], self.clip_zero, self.clip[rows].float()))
+
+
+def encoder_of(vae: nn.Module) -> nn.Module:
+    return nn.ModuleList([vae.encoder, vae.quant_conv])
 
 
 def latents_of(vae: nn.Module, images: Tensor) -> Tensor:

@@ -23,9 +23,11 @@ def adopt(work: Path) -> None:
     adapter, _ = read(WEIGHTS / "identity_adapter.safetensors")
     unet, vae = nano_diffusion.build_unet(), nano_vae.build()
     control = nano_diffusion.build_content(unet)
+    vae_state = from_ldm(vae, vae_to_ldm, checkpoint, "first_stage_model.")
     unet_state = from_ldm(unet, unet_to_ldm, checkpoint, "model.diffusion_model.")
     runs = {
-        "vae": (nano_vae.RECIPE, from_ldm(vae, vae_to_ldm, checkpoint, "first_stage_model.")),
+        "vae": (nano_vae.RECIPE, vae_state),
+        "decoder": (nano_vae.DECODER, {k: v for k, v in vae_state.items() if k.startswith(("decoder.", "post_quant"))}),
         "vision": (nano_vision.RECIPE, {f"tower.{k}": v.float() for k, v in vision.items()}),
         "base": (nano_diffusion.BASE, {f"unet.{k}": v for k, v in unet_state.items()}),
         "adapter": (nano_diffusion.ADAPT, {k: v.float() for k, v in adapter.items()}),

@@ -8,6 +8,7 @@ from .loop import Recipe, Run
 from .portrait_data import PortraitSet
 
 RECIPE = Recipe(steps=7000, batch=16, lr=1.5e-3, ema=0.998, cooldown=0.5)
+DECODER = Recipe(steps=3000, batch=16, lr=6e-4, ema=0.998, cooldown=0.6)
 WINDOW = 64
 WHOLE = 0.93  # from this share of the steps on: whole portraits, in smaller batches, instead of windows
 
@@ -20,32 +21,57 @@ def build() -> nn.Module:
 
 
 def train(run_folder, portraits: PortraitSet, recipe: Recipe = RECIPE) -> nn.Module:
-    """Reconstruction with a weak KL term; the latents are then scaled to unit variance.
-
-    At eight pixels to a latent an eye is hardly more than one latent wide, and a plain mean error spends the latents on
-    hair and background. So most windows lie on the face, and what is near the five landmarks counts more.
-    """
+    """Reconstruction with a weak KL term; the latents are then scaled to unit variance."""
     torch.manual_seed(recipe.seed)
     vae = build()
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        whole = step >= WHOLE * recipe.steps
-        rows = torch.randint(len(portraits), (recipe.batch // 4 if whole else recipe.batch,), generator=generator)
-        images, weight = portraits.batch(rows) * 2 - 1, near(portraits.landmarks[rows], PORTRAIT, radius=9)
-        if not whole:
-            images, weight = windows(images, weight, portraits.landmarks[rows], generator)
+        images, weight = batch(portraits, recipe, step, generator)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         kl = posterior.kl().mean() / images[0].numel()
-        error = decoded - images
-        return (weight * (error.square() + 0.1 * error.abs())).mean() + 0.1 * edges(error, weight) + 1e-6 * kl
+        return difference(decoded, images, weight) + 1e-6 * kl
 
     Run(run_folder, "vae", vae, recipe).train(loss)
     vae.requires_grad_(False).eval()
     standardise(vae, portraits)
     return vae
+
+
+def train_decoder(run_folder, portraits: PortraitSet, vae: nn.Module, recipe: Recipe = DECODER) -> nn.Module:
+    """Train the decoder on, with the encoder as it is: whatever was trained on the latents stays valid."""
+    halves = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        images, weight = batch(portraits, recipe, step, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(images).latent_dist.mode()
+            decoded = vae.decode(latents).sample.float()
+        return difference(decoded, images, weight)
+
+    Run(run_folder, "decoder", halves, recipe).train(loss)
+    return vae.requires_grad_(False)
+
+
+def batch(portraits: PortraitSet, recipe: Recipe, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Windows of portraits in [-1,1] and the weights of their pixels; towards the end of a run, whole portraits.
+
+    At eight pixels to a latent an eye is hardly more than one latent wide, and a plain mean error spends the latents on
+    hair and background. So most windows lie on the face, and what is near the five landmarks counts more.
+    """
+    whole = step >= WHOLE * recipe.steps
+    rows = torch.randint(len(portraits), (recipe.batch // 4 if whole else recipe.batch,), generator=generator)
+    images, weight = portraits.batch(rows) * 2 - 1, near(portraits.landmarks[rows], PORTRAIT, radius=9)
+    return (images, weight) if whole else windows(images, weight, portraits.landmarks[rows], generator)
+
+
+def difference(decoded: Tensor, images: Tensor, weight: Tensor) -> Tensor:
+    """Weighted L2 with a little L1 and a little of the contours."""
+    error = decoded - images
+    return (weight * (error.square() + 0.1 * error.abs())).mean() + 0.1 * edges(error, weight)
 
 
 def near(landmarks: Tensor, size: int, radius: float) -> Tensor:
