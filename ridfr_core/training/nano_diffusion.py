@@ -75,15 +75,15 @@ def build_unet() -> nn.Module:
     return unet
 
 
-def build_content(unet: nn.Module) -> nn.Module:
-    """RIDFR's content module: the UNet's encoder with three more input channels, which start at zero."""
+def build_content(unet: nn.Module, lq_channels: int = 3) -> nn.Module:
+    """RIDFR's content module: the UNet's encoder with more input channels for the LQ face, which start at zero."""
     from diffusers import ControlNetModel
 
     dims = {k: v for k, v in UNET.items() if k != "sample_size"}
-    net = ControlNetModel(**dims, in_channels=7)
+    net = ControlNetModel(**dims, in_channels=4 + lq_channels)
     net.controlnet_cond_embedding = NoHint()
     weights = {k: v for k, v in unet.state_dict().items() if k in net.state_dict()}
-    weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, 3))
+    weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, lq_channels))
     net.load_state_dict(weights, strict=False)
     net.set_attn_processor(next(iter(unet.attn_processors.values())))
     return net
@@ -147,6 +147,8 @@ def build_adapter(unet: nn.Module) -> IdentityAdapter:
 class Material:
     """Portraits and what the frozen networks say of them, computed when first asked for and cached on disk."""
 
+    lq_channels = 3
+
     def __init__(self, portraits: PortraitSet, vae: nn.Module, vision: nn.Module, recogniser: nn.Module):
         self.portraits, self.vae, self.vision, self.recogniser = portraits, vae, vision, recogniser
 
@@ -184,11 +186,13 @@ class Material:
         weight = near(self.portraits.landmarks[rows] / 8, PORTRAIT // 8, radius=1.5)
         return weight / weight.mean((2, 3), keepdim=True)
 
+    def degraded(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Severely degraded portraits [B,3,S,S] in [0,1]."""
+        return degrade(self.portraits.batch(rows), **SEVERE.draw(len(rows), generator), generator=generator)
+
     def lq(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Severely degraded portraits at latent size, in the content module's value range [B,3,16,16]."""
-        damage = SEVERE.draw(len(rows), generator)
-        lq = degrade(self.portraits.batch(rows), **damage, generator=generator)
-        return prepare_lq(lq, self.latents.shape[-2:], SPEC)
+        """Severely degraded portraits as the content module takes them: [B,3,16,16] in its value range."""
+        return prepare_lq(self.degraded(rows, generator), self.latents.shape[-2:], SPEC)
 
     def identity(self, rows: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
         """(embeddings, CLIP features) of these portraits; where `drop` is true, of nobody."""
@@ -279,7 +283,7 @@ def train_adapter(run_folder, material: Material, unet: nn.Module, recipe: Recip
 def train_content(run_folder, material: Material, unet: nn.Module, recipe: Recipe = CONTENT) -> nn.Module:
     """RIDFR Eq. 2: the content module learns to restore without any identity; the UNet is frozen."""
     torch.manual_seed(recipe.seed)
-    content, noise_schedule = build_content(unet), schedule()
+    content, noise_schedule = build_content(unet, material.lq_channels), schedule()
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = material.rows(recipe, generator)

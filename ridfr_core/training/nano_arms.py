@@ -1,0 +1,68 @@
+"""The arms of RIDFR's ablations at nano scale: content modules that differ in one thing, trained in WORK/arms.
+
+An arm whose recipe is the bundle's own is the bundle's own network, in WORK.
+"""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import nano_diffusion
+from .loop import Recipe
+from .nano_diffusion import ALIGN, CONTENT, Material, latents_of
+
+LAMBDAS = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+class LatentMaterial(Material):
+    """Latent concatenation, as in RIDFR's Table 3: the LQ face joins as the VAE's latents instead of pixels."""
+
+    lq_channels = 4
+
+    def lq(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.no_grad():
+            return latents_of(self.vae, self.degraded(rows, generator))
+
+
+class Arms:
+    """Trains an arm, or loads it from its finished run, when it is asked for.
+
+    nano: the `NanoTraining` whose base, adapter and portraits all arms share. content_steps, align_steps: how long
+    the two stages last in every arm.
+    """
+
+    def __init__(self, nano, content_steps: int = CONTENT.steps, align_steps: int = ALIGN.steps):
+        self.nano = nano
+        self.content_steps, self.align_steps = content_steps, align_steps
+
+    def content(self, seed: int, latent: bool = False) -> nn.Module:
+        """The content stage, Eq. 2; also the baseline of Table 4."""
+        recipe, nano = of_length(CONTENT, self.content_steps, seed), self.nano
+        material = (LatentMaterial if latent else Material)(nano.portraits, nano.vae, None, None)
+        return nano_diffusion.train_content(self._folder(seed, latent), material, nano.unet, recipe)
+
+    def finetuned(self, seed: int, strength: float) -> nn.Module:
+        """Alignment Learning, Eq. 4-6, from the content stage of the same seed; strength 0 is naive finetuning."""
+        recipe, nano = of_length(ALIGN, self.align_steps, seed), self.nano
+        folder = self._folder(seed) if recipe == ALIGN else self._folder(seed) / f"{recipe.steps}-steps"
+        content = copy.deepcopy(self.content(seed))
+        return nano_diffusion.train_aligned(folder, nano.material, nano.unet, nano.adapter, content, recipe, strength)
+
+    def _folder(self, seed: int, latent: bool = False) -> Path:
+        if of_length(CONTENT, self.content_steps, seed) == CONTENT and not latent:
+            return self.nano.work
+        return self.nano.work / "arms" / f"{'latent' if latent else 'pixel'}-{seed}-{self.content_steps}-steps"
+
+    def minutes(self) -> float:
+        """How long the arms of WORK/arms have been trained so far, all together."""
+        logs = (self.nano.work / "arms").rglob("*.jsonl")
+        return sum(json.loads(log.read_text().splitlines()[-1])["seconds"] for log in logs) / 60
+
+
+def of_length(recipe: Recipe, steps: int, seed: int) -> Recipe:
+    """The recipe with another seed and number of steps; a short run warms up over its first third."""
+    return replace(recipe, steps=steps, seed=seed, warmup=max(1, min(recipe.warmup, steps // 3)))
