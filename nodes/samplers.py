@@ -1,0 +1,143 @@
+"""The papers' samplers as stock SAMPLER, SIGMAS and LATENT, for the stock node Sampler Custom."""
+
+from functools import partial
+
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy.extra_samplers import uni_pc
+from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import ModelSamplingDiscrete
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..ridfr_core.schedules import GRIDS, diffuse, timesteps
+from . import types
+
+UNIPC, DDPM = "UniPC (RIDFR)", "DDPM (FaceMe)"
+SEED = 0xFFFFFFFFFFFFFFFF
+
+
+class PaperSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RIDFR_PaperSampler",
+            display_name="Paper Sampler",
+            category=types.CATEGORY,
+            description="The sampler of the paper, for the stock node Sampler Custom.",
+            search_aliases=["unipc", "uni_pc_bh2", "ddpm", "diffusers scheduler", "ridfr sampler", "faceme sampler"],
+            inputs=[
+                io.Combo.Input(
+                    "paper",
+                    options=[UNIPC, DDPM],
+                    default=UNIPC,
+                    display_name="sampler",
+                    tooltip="UniPC is RIDFR's, for 20 steps of the 'linspace' schedule. DDPM is FaceMe's, for 50 steps "
+                    "of the 'leading' schedule; it adds new noise at every step.",
+                ),
+            ],
+            outputs=[
+                io.Sampler.Output(display_name="sampler", tooltip="Goes to Sampler Custom."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, paper: str) -> io.NodeOutput:
+        if paper == DDPM:
+            return io.NodeOutput(comfy.samplers.sampler_object("ddpm"))
+        return io.NodeOutput(comfy.samplers.KSAMPLER(sample_unipc))
+
+
+def sample_unipc(model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
+    """UniPC of order 2 with B_2(h), its last step down to the given last sigma. An interface of k-diffusion's kind."""
+    if len(sigmas) < 3:
+        raise ValueError("UniPC needs at least 2 steps: ask the schedule for more.")
+    schedule = uni_pc.SigmaConvert()
+    solver = uni_pc.UniPC(partial(uni_pc.predict_eps_sigma, model, **extra_args or {}), schedule, variant="bh2")
+    x = x / (1 + sigmas[0] ** 2).sqrt()  # the solver's x keeps unit variance
+    order = min(2, len(sigmas) - 2)
+    x = solver.sample(x, sigmas, order=order, method="multistep", callback=callback, disable_pbar=disable)
+    return x / schedule.marginal_alpha(sigmas[-1])
+
+
+class PaperSchedule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RIDFR_PaperSchedule",
+            display_name="Paper Schedule",
+            category=types.CATEGORY,
+            description="The noise levels at which the papers call the model, for the stock node Sampler Custom.",
+            search_aliases=["sigmas", "scheduler", "timesteps", "linspace", "leading", "diffusers schedule"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be sampled: SD1.5, SDXL or the nano models."),
+                io.Combo.Input(
+                    "grid",
+                    options=list(GRIDS),
+                    default=GRIDS[0],
+                    tooltip="'linspace' is RIDFR's: 20 steps are the model's times 999, 949, ..., 50. 'leading' is "
+                    "FaceMe's: 50 steps are 981, 961, ..., 1.",
+                ),
+                io.Int.Input("steps", default=20, min=2, max=500, tooltip="RIDFR takes 20 steps, FaceMe 50."),
+            ],
+            outputs=[
+                io.Sigmas.Output(
+                    display_name="sigmas",
+                    tooltip="Noise levels, falling to 0. Goes to Sampler Custom and LQ Start Noise.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, grid: str, steps: int) -> io.NodeOutput:
+        levels = noise_levels(model)
+        sigmas = levels[timesteps(grid, steps, len(levels))]
+        return io.NodeOutput(torch.cat([sigmas, sigmas.new_zeros(1)]))
+
+
+class LQStartNoise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RIDFR_LQStartNoise",
+            display_name="LQ Start Noise",
+            category=types.CATEGORY,
+            description="The start of FaceMe: the degraded face drowned in noise, instead of noise alone. "
+            "For the stock node Sampler Custom with 'add_noise' off.",
+            search_aliases=["faceme init", "lq embedded noise", "add noise", "q sample", "initial noise"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be sampled: SD1.5, SDXL or the nano models."),
+                io.Latent.Input("latent", tooltip="The degraded face, from the stock node VAE Encode."),
+                io.Sigmas.Input("sigmas", tooltip="From Paper Schedule: the same as Sampler Custom gets."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=SEED,
+                    control_after_generate=True,
+                    tooltip="The same seed gives the same start.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="Goes to Sampler Custom, with 'add_noise' off.")],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, latent: dict, sigmas: Tensor, seed: int) -> io.NodeOutput:
+        samples = latent["samples"]
+        noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+        to_model, from_model = (model.get_model_object(f"process_latent_{way}") for way in ("in", "out"))
+        start = diffuse(to_model(samples), noise, noise_levels(model)[-1])
+        start = start * (1 + sigmas[0] ** 2).sqrt()  # as samplers scale it, who take it to be at their first level
+        return io.NodeOutput({**latent, "samples": from_model(start)})
+
+
+def noise_levels(model: ModelPatcher) -> Tensor:
+    """sigma of each of the model's training times [1000], rising. Raises ValueError for models of another kind."""
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(sampling, ModelSamplingDiscrete):
+        raise ValueError(
+            f"The papers' schedules are for models with a table of noise levels, as SD1.5 and SDXL, but this model "
+            f"({type(model.model).__name__}) has none: use a stock scheduler node for it."
+        )
+    return sampling.sigmas.cpu()
