@@ -8,6 +8,7 @@ from ..ridfr_core.adapter import IdentityAdapter
 from ..ridfr_core.content import ContentSpec, controlnet_to_ldm
 from ..ridfr_core.face_model import load_face_model
 from . import nano, paths, types
+from .adapter_lora import find_lora
 from .content_control import content_control
 from .managed import ManagedAdapter, ManagedFaceModel, managed
 
@@ -79,9 +80,11 @@ class LoadIdentityAdapter(io.ComfyNode):
             node_id="RIDFR_LoadIdentityAdapter",
             display_name="Load Identity Adapter",
             category=types.CATEGORY,
-            description="Loads a FaceID Plus or PlusV2 adapter from models/ipadapter: the network that tells the "
-            "diffusion model whose face to draw.",
-            search_aliases=["ip-adapter faceid", "ipadapter", "faceid plusv2", "identity model"],
+            description="Loads an adapter from models/ipadapter: the network that tells the diffusion model whose face "
+            "to draw. It may be a FaceID, FaceID Plus, FaceID PlusV2 or plus-face adapter. The LoRA of a FaceID "
+            "adapter is taken from its file, or from the file of the same name with _lora.safetensors at its end, in "
+            "the same folder or in models/loras.",
+            search_aliases=["ip-adapter faceid", "ipadapter", "faceid plusv2", "plus-face", "identity model"],
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -107,9 +110,11 @@ class LoadIdentityAdapter(io.ComfyNode):
         path = paths.model_file("ipadapter", file)
         state, _ = checkpoints.read(path)
         checkpoints.expect(state, "identity-adapter", path.name)
-        adapter = IdentityAdapter.from_state_dict(state, operations=comfy.ops.manual_cast)
+        adapter = IdentityAdapter.from_state_dict(state, comfy.ops.manual_cast, path.name)
         plus_v1 = version == "plus" or version == "auto" and "faceid-plus_" in path.name.lower()
-        return io.NodeOutput(ManagedAdapter(path.name, adapter, not plus_v1, managed(adapter)))
+        return io.NodeOutput(
+            ManagedAdapter(path.name, adapter, not plus_v1, managed(adapter), find_lora(path, state))
+        )
 
 
 class LoadContentControlNet(io.ComfyNode):

@@ -1,15 +1,15 @@
 """ridfr_core networks in the care of ComfyUI's model management, which loads, unloads and counts them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.model_management
 import torch
+import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..ridfr_core.adapter import IdentityAdapter
 from ..ridfr_core.face_model import FaceModel
-from ..ridfr_core.recognition import embed
 
 
 def managed(network: nn.Module) -> ModelPatcher:
@@ -33,16 +33,25 @@ class ManagedFaceModel:
     model: FaceModel
     patcher: ModelPatcher
 
+    def features(self, crops: Tensor) -> Tensor:
+        """Raw embeddings [B,512] of aligned crops [B,3,112,112] in [0,1]; their length tells of the crop's quality."""
+        return self.model.recogniser(crops.to(loaded(self.patcher)) * 2 - 1).cpu()
+
     def embed(self, crops: Tensor) -> Tensor:
         """Unit embeddings [B,512] of aligned crops [B,3,112,112] in [0,1]."""
-        return embed(self.model.recogniser, crops.to(loaded(self.patcher))).cpu()
+        return F.normalize(self.features(crops), dim=-1)
 
 
 @dataclass(frozen=True)
 class ManagedAdapter:
-    """What a RIDFR_IDENTITY_ADAPTER wire carries. shortcut: the projection's forward is PlusV2's, not Plus's."""
+    """What a RIDFR_IDENTITY_ADAPTER wire carries.
+
+    shortcut: the projection's forward is PlusV2's, not Plus's. lora: what the adapter wants changed in the diffusion
+    model, under names that ComfyUI's LoRA loading knows (see `adapter_lora.with_lora`); empty where it has none.
+    """
 
     name: str
     adapter: IdentityAdapter
     shortcut: bool
     patcher: ModelPatcher
+    lora: dict[str, Tensor] = field(default_factory=dict)

@@ -1,18 +1,15 @@
-"""Identity injection: the IP-Adapter FaceID-Plus / PlusV2 projection and decoupled cross-attention.
+"""Identity injection: adapters of the IP-Adapter family and decoupled cross-attention.
 
-Parameter names follow the published checkpoints (tencent-ailab/IP-Adapter, `ip_adapter_faceid.py`), so their tensors
-load as they are. V1 and V2 have the same tensors; V2 is V1 with `shortcut` on, which RIDFR describes.
+Parameter names follow the published checkpoints (tencent-ailab/IP-Adapter), so their tensors load as they are.
 """
 
+import re
 from collections.abc import Mapping
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoints import CheckpointError, flatten
-
-HEAD_DIM = 64
+from .checkpoints import CheckpointError, check_tensors, flatten, lacks
+from .projections import FaceIdPlusProjection, FaceIdProjection, PlusProjection, attention
 
 # Cross-attention layers in checkpoint order (down, up, then mid) at ComfyUI's places (block, id, transformer index).
 SD15_LAYERS = (
@@ -27,121 +24,64 @@ SDXL_LAYERS = (
 )
 BASES = {"SD1.5": SD15_LAYERS, "SDXL": SDXL_LAYERS}
 
-
-class PerceiverAttention(nn.Module):
-    """Latents attend to the image tokens and to themselves."""
-
-    def __init__(self, dim: int, operations=nn):
-        super().__init__()
-        self.norm1 = operations.LayerNorm(dim)
-        self.norm2 = operations.LayerNorm(dim)
-        self.to_q = operations.Linear(dim, dim, bias=False)
-        self.to_kv = operations.Linear(dim, 2 * dim, bias=False)
-        self.to_out = operations.Linear(dim, dim, bias=False)
-
-    def forward(self, image: Tensor, latents: Tensor) -> Tensor:
-        image, latents = self.norm1(image), self.norm2(latents)
-        k, v = self.to_kv(torch.cat([image, latents], dim=1)).chunk(2, dim=-1)
-        return self.to_out(attention(self.to_q(latents), k, v, heads=latents.shape[-1] // HEAD_DIM))
-
-
-class PerceiverResampler(nn.Module):
-    """The Q-Former: latents [B,N,dim] query CLIP tokens [B,T,clip_dim]."""
-
-    def __init__(self, dim: int, clip_dim: int, depth: int, operations=nn):
-        super().__init__()
-        self.proj_in = operations.Linear(clip_dim, dim)
-        self.proj_out = operations.Linear(dim, dim)
-        self.norm_out = operations.LayerNorm(dim)
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    PerceiverAttention(dim, operations),
-                    nn.Sequential(
-                        operations.LayerNorm(dim),
-                        operations.Linear(dim, 4 * dim, bias=False),
-                        nn.GELU(),
-                        operations.Linear(4 * dim, dim, bias=False),
-                    ),
-                ]
-            )
-            for _ in range(depth)
-        )
-
-    def forward(self, latents: Tensor, clip: Tensor) -> Tensor:
-        image = self.proj_in(clip)
-        for attend, feed_forward in self.layers:
-            latents = latents + attend(image, latents)
-            latents = latents + feed_forward(latents)
-        return self.norm_out(self.proj_out(latents))
-
-
-class IdentityProjection(nn.Module):
-    """ArcFace embedding and CLIP tokens -> identity tokens; `image_proj` of FaceID-Plus and PlusV2.
-
-    `dim` is the context width of the UNet (768 for SD1.5, 2048 for SDXL), a multiple of 64, the width of a head.
-    """
-
-    def __init__(
-        self, dim: int = 768, clip_dim: int = 1280, id_dim: int = 512, tokens: int = 4, depth: int = 4, operations=nn
-    ):
-        super().__init__()
-        self.dim, self.n_tokens = dim, tokens
-        self.proj = nn.Sequential(
-            operations.Linear(id_dim, 2 * id_dim), nn.GELU(), operations.Linear(2 * id_dim, dim * tokens)
-        )
-        self.norm = operations.LayerNorm(dim)
-        self.perceiver_resampler = PerceiverResampler(dim, clip_dim, depth, operations)
-
-    def forward(self, embedding: Tensor, clip: Tensor, shortcut: bool, s_scale: float = 1.0) -> Tensor:
-        """Identity tokens [B,4,dim].
-
-        Args:
-            embedding: unit-length ArcFace embedding [B,512].
-            clip: penultimate hidden states [B,T,clip_dim] of the CLIP vision model.
-            shortcut: False for FaceID-Plus, True for PlusV2: the query plus `s_scale` times what CLIP adds.
-        """
-        query = self.norm(self.proj(embedding).reshape(-1, self.n_tokens, self.dim))
-        out = self.perceiver_resampler(query, clip)
-        return query + s_scale * out if shortcut else out
+# A layer of index k in checkpoint order has number 2k+1; the number before it is the self-attention beside it.
+LORA = re.compile(r"ip_adapter\.(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 
 
 class IdentityAdapter(nn.Module):
-    """The projection and the K', V' of each cross-attention layer of the UNet.
+    """The projection of a face to identity tokens, and K', V' of each cross-attention layer of the UNet.
 
-    `channels` has the width of each layer's attention in checkpoint order, `dim` that of the tokens.
+    channels: width of each layer's attention, in checkpoint order. dim: width of the tokens (the UNet's context).
+    clip_dim: width of the CLIP features, None for FaceID, which needs none. id_dim: width of the face embedding, None
+    for IP-Adapter plus-face, which needs none. tokens, depth: of the projection. width: of plus-face's Q-Former.
     """
 
     def __init__(
-        self, channels: tuple[int, ...], dim: int, clip_dim: int, id_dim=512, tokens=4, depth=4, operations=nn
+        self,
+        channels: tuple[int, ...],
+        dim: int,
+        clip_dim: int | None,
+        id_dim: int | None = 512,
+        tokens: int = 4,
+        depth: int = 4,
+        width: int = 768,
+        operations=nn,
     ):
         super().__init__()
         self.channels = tuple(channels)
+        self.dim, self.clip_dim, self.id_dim = dim, clip_dim, id_dim
         self.base = next((base for base, layers in BASES.items() if len(layers) == len(self.channels)), None)
         if self.base is None:
             raise CheckpointError(
                 f"The identity adapter has {len(self.channels)} cross-attention layers, but SD1.5 has 16 and SDXL 70: "
                 "use an adapter made for one of these."
             )
-        self.image_proj = IdentityProjection(dim, clip_dim, id_dim, tokens, depth, operations)
+        if clip_dim is None:
+            self.image_proj = FaceIdProjection(dim, id_dim, tokens, operations)
+        elif id_dim is None:
+            self.image_proj = PlusProjection(dim, clip_dim, tokens, depth, width, operations)
+        else:
+            self.image_proj = FaceIdPlusProjection(dim, clip_dim, id_dim, tokens, depth, operations)
         self.ip_adapter = nn.ModuleDict(
             {
                 str(2 * k + 1): nn.ModuleDict(
-                    {name: operations.Linear(dim, width, bias=False) for name in ("to_k_ip", "to_v_ip")}
+                    {name: operations.Linear(dim, channels, bias=False) for name in ("to_k_ip", "to_v_ip")}
                 )
-                for k, width in enumerate(self.channels)
+                for k, channels in enumerate(self.channels)
             }
         )
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping, operations=nn) -> "IdentityAdapter":
+    def from_state_dict(cls, state_dict: Mapping, operations=nn, name: str = "this") -> "IdentityAdapter":
         """Build and load from a checkpoint: {"image_proj": {...}, "ip_adapter": {...}} or flat keys.
 
-        All sizes are read off the tensors. The LoRA tensors of FaceID checkpoints are not loaded (see `lora_of`).
-        Raises CheckpointError when the layers are neither SD1.5's nor SDXL's.
+        The kind and all sizes are read off the tensors. FaceID's LoRA is not loaded (see `lora_of`).
+        Raises CheckpointError, which calls the file `name`: tensors are missing or of another shape, or the layers are
+        neither SD1.5's nor SDXL's.
         """
-        weights = {key: weight for key, weight in flatten(state_dict).items() if not is_lora(key)}
-        adapter = cls(**sizes_of(weights), operations=operations)
+        weights = {key: weight for key, weight in flatten(state_dict).items() if not LORA.fullmatch(key)}
+        adapter = cls(**sizes_of(weights, name), operations=operations)
+        check_tensors(weights, adapter.state_dict(), "identity-adapter", name)
         adapter.load_state_dict(weights)
         return adapter
 
@@ -151,47 +91,91 @@ class IdentityAdapter(nn.Module):
         return BASES[self.base]
 
     @property
-    def cross_attention_dim(self) -> int:
-        return self.image_proj.dim
+    def needs_clip(self) -> bool:
+        """Whether `tokens` reads CLIP features."""
+        return self.clip_dim is not None
 
-    def tokens(self, embedding: Tensor, clip: Tensor, shortcut: bool = True, s_scale: float = 1.0) -> Tensor:
-        """Identity tokens [B,4,dim]; see IdentityProjection."""
+    @property
+    def needs_face(self) -> bool:
+        """Whether `tokens` reads a face embedding."""
+        return self.id_dim is not None
+
+    def tokens(
+        self, embedding: Tensor | None, clip: Tensor | None, shortcut: bool = True, s_scale: float = 1.0
+    ) -> Tensor:
+        """Identity tokens [B,tokens,dim].
+
+        Args:
+            embedding: unit-length ArcFace embedding [B,id_dim]; None will do where `needs_face` is False.
+            clip: penultimate hidden states [B,T,clip_dim] of the CLIP vision model; None where `needs_clip` is False.
+            shortcut, s_scale: of FaceID-Plus and PlusV2 alone, see FaceIdPlusProjection.
+        """
         return self.image_proj(embedding, clip, shortcut, s_scale)
 
     def keys_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(K', V') of each layer in checkpoint order, each [B,4,C]."""
+        """(K', V') of each layer in checkpoint order, each [B,tokens,C]."""
         return [(layer["to_k_ip"](tokens), layer["to_v_ip"](tokens)) for layer in self.ip_adapter.values()]
 
 
-def sizes_of(weights: Mapping[str, Tensor]) -> dict:
-    """Constructor arguments of the IdentityAdapter that flat checkpoint tensors belong to."""
+def sizes_of(weights: Mapping[str, Tensor], name: str) -> dict:
+    """Constructor arguments of the IdentityAdapter that flat checkpoint tensors of the file `name` belong to."""
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in weights:
+            raise lacks([key], "identity-adapter", name)
+        return tuple(weights[key].shape)
+
+    last = max((int(key.split(".")[1]) for key in weights if key.endswith("_ip.weight")), default=0)
+    sizes = {"channels": tuple(shape(f"ip_adapter.{n}.to_k_ip.weight")[0] for n in range(1, last + 1, 2))}
+    if "image_proj.latents" in weights:
+        _, tokens, width = shape("image_proj.latents")
+        dim, clip_dim = shape("image_proj.proj_out.weight")[0], shape("image_proj.proj_in.weight")[1]
+        return sizes | {
+            "dim": dim,
+            "clip_dim": clip_dim,
+            "id_dim": None,
+            "tokens": tokens,
+            "depth": _count_layers(weights, "image_proj.layers."),
+            "width": width,
+        }
+    (dim,) = shape("image_proj.norm.weight")
     resampler = "image_proj.perceiver_resampler."
-    dim, clip_dim = weights[resampler + "proj_in.weight"].shape
-    keys = sorted((key for key in weights if key.endswith(".to_k_ip.weight")), key=lambda key: int(key.split(".")[1]))
-    return {
-        "channels": tuple(weights[key].shape[0] for key in keys),
+    plus = any(key.startswith(resampler) for key in weights)
+    return sizes | {
         "dim": dim,
-        "clip_dim": clip_dim,
-        "id_dim": weights["image_proj.proj.0.weight"].shape[1],
-        "tokens": weights["image_proj.proj.2.weight"].shape[0] // dim,
-        "depth": len({key.split(".")[3] for key in weights if key.startswith(resampler + "layers.")}),
+        "clip_dim": shape(resampler + "proj_in.weight")[1] if plus else None,
+        "id_dim": shape("image_proj.proj.0.weight")[1],
+        "tokens": shape("image_proj.proj.2.weight")[0] // dim,
+        "depth": _count_layers(weights, resampler + "layers."),
     }
 
 
-def is_lora(key: str) -> bool:
-    """Whether a flat key is one of the LoRA tensors that FaceID checkpoints keep beside K' and V'."""
-    return key.startswith("ip_adapter.") and "_lora." in key
+def _count_layers(weights: Mapping[str, Tensor], prefix: str) -> int:
+    return len({key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)})
 
 
 def lora_of(state_dict: Mapping) -> dict[str, Tensor]:
-    """The LoRA tensors of a FaceID checkpoint, `ip_adapter.N.to_{q,k,v,out}_lora.{down,up}.weight`; maybe none."""
-    return {key: weight for key, weight in flatten(state_dict).items() if is_lora(key)}
+    """The LoRA inside a FaceID checkpoint, under names that ComfyUI's LoRA loading knows; empty where there is none.
+
+    `ip_adapter.N.to_q_lora.down.weight` becomes `diffusion_model.(the layer's place).attn1.to_q.lora_down.weight`: an
+    even N is self-attention (attn1), the odd one after it the cross-attention (attn2) of the same place.
+    """
+    found = {match: weight for key, weight in flatten(state_dict).items() if (match := LORA.fullmatch(key))}
+    count = 1 + max((int(match[1]) for match in found), default=-1)
+    layers = next((layers for layers in BASES.values() if 2 * len(layers) == count), ())
+    lora = {}
+    for match, weight in found.items() if layers else ():
+        number, projection, side = int(match[1]), match[2], match[3]
+        target = "to_out.0" if projection == "out" else f"to_{projection}"
+        lora[f"{_ldm_name(layers[number // 2])}.attn{1 + number % 2}.{target}.lora_{side}.weight"] = weight
+    return lora
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
-    """Multi-head softmax(QK^T/sqrt(d) + bias)V for q [B,L,C], k, v [B,T,C] and bias [B,1,1,T]."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+def _ldm_name(place: tuple[str, int, int]) -> str:
+    """("input", 4, 1) -> "diffusion_model.input_blocks.4.1.transformer_blocks.1"."""
+    block, number, index = place
+    where = "middle_block" if block == "middle" else f"{block}_blocks.{number}"
+    return f"diffusion_model.{where}.1.transformer_blocks.{index}"
 
 
 def decoupled_attention(

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 KINDS = {
-    "identity-adapter": "an IP-Adapter FaceID-Plus identity adapter",
-    "ip-adapter": "an IP-Adapter of another sort than FaceID-Plus",
+    "identity-adapter": "an identity adapter (IP-Adapter FaceID, FaceID-Plus, FaceID-PlusV2 or plus-face)",
+    "ip-adapter": "an IP-Adapter of another sort than FaceID, FaceID-Plus, FaceID-PlusV2 or plus-face",
     "content-controlnet": "a RIDFR content ControlNet (7 input channels, no hint encoder)",
     "controlnet": "an ordinary ControlNet (for the node Load ControlNet Model)",
     "sd-checkpoint": "a Stable Diffusion checkpoint (for the node Load Checkpoint)",
@@ -95,7 +95,8 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
         return any(part in key for key in state_dict for part in parts)
 
     if has("ip_adapter."):
-        return "identity-adapter" if has("image_proj.perceiver_resampler.") else "ip-adapter"
+        known = has("image_proj.perceiver_resampler.") or "image_proj.latents" in state_dict or _is_faceid(state_dict)
+        return "identity-adapter" if known else "ip-adapter"
     if has("zero_convs.0.0.", "controlnet_down_blocks.0."):
         hint = has("input_hint_block.", "controlnet_cond_embedding.")
         return "controlnet" if hint or _controlnet_channels(state_dict) != 7 else "content-controlnet"
@@ -104,6 +105,11 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
     if has("lora_down.", "lora.down.", "lora_A.", "_lora.down."):
         return "lora"
     return "unknown"
+
+
+def _is_faceid(state_dict: Mapping[str, Tensor]) -> bool:
+    """FaceID's projection has two linear layers and a norm of its own; full-face has the norm as proj.3."""
+    return "image_proj.proj.2.weight" in state_dict and "image_proj.proj.3.weight" not in state_dict
 
 
 def _controlnet_channels(state_dict: Mapping[str, Tensor]) -> int | None:
@@ -116,3 +122,28 @@ def expect(state_dict: Mapping[str, Tensor], kind: str, name: str) -> None:
     found = kind_of(state_dict)
     if found != kind:
         raise CheckpointError(f"'{name}' holds {KINDS[found]}, but this needs {KINDS[kind]}: {SOURCES[kind]}.")
+
+
+def lacks(missing: list[str], kind: str, name: str) -> CheckpointError:
+    """The error for a file called `name` without the tensors `missing`; kind: what it should be, one of SOURCES."""
+    others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return CheckpointError(
+        f"'{name}' lacks {missing[0]}{others}, which belongs to {KINDS[kind]}: the file is incomplete; {SOURCES[kind]}."
+    )
+
+
+def check_tensors(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], kind: str, name: str) -> None:
+    """Raise CheckpointError unless the tensors of the file called `name` have the names and shapes of `expected`."""
+    if missing := [key for key in expected if key not in state_dict]:
+        raise lacks(missing, kind, name)
+    if foreign := [key for key in state_dict if key not in expected]:
+        raise CheckpointError(
+            f"'{name}' holds {len(foreign)} tensors, such as {foreign[0]}, that do not belong to {KINDS[kind]} of its "
+            f"size: {SOURCES[kind]}."
+        )
+    for key, tensor in expected.items():
+        if state_dict[key].shape != tensor.shape:
+            raise CheckpointError(
+                f"'{name}' has {key} of shape {[*state_dict[key].shape]}, but by its other tensors it should be "
+                f"{[*tensor.shape]}: {SOURCES[kind]}."
+            )
