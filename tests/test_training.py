@@ -118,7 +118,7 @@ def test_identity_processors_without_identity_are_plain_attention():
     z, t, prompt = torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), nano_diffusion.empty_prompt(2)
     with torch.no_grad():
         plain = unet(z, t, prompt).sample
-        adapter = nano_diffusion.build_adapter(unet)
+        adapter = nano_diffusion.build_adapter(unet, **nano_diffusion.ADAPTER)
         nano_diffusion.let_identity_in(unet)
         torch.testing.assert_close(unet(z, t, prompt).sample, plain, rtol=1e-4, atol=1e-5)
         tokens = adapter.tokens(torch.randn(2, 512), torch.randn(2, 65, 128))

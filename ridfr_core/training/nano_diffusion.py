@@ -4,23 +4,23 @@ Everything that stays fixed (latents, embeddings, CLIP features) is computed ahe
 every step. The networks are diffusers' own, so what is trained here has the layout of the real models.
 """
 
-import copy
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..adapter import IdentityAdapter, decoupled_attention
+from ..adapter import IdentityAdapter
 from ..content import ContentSpec, prepare_lq
 from ..degradation import DegradationRange, degrade
 from ..faces import align
 from ..nano.config import ADAPTER, CLIP_VISION, CONTEXT, LATENT_SCALE, PORTRAIT, PREDICTION, SCHEDULE, UNET
 from ..nano.portraits import CAPTION
 from ..recognition import embed
-from . import nano_vision
+from . import clip_vision, losses, networks
 from .loop import Recipe, Run
+from .losses import Noised, control, error, misalignment
 from .nano_vae import near
+from .networks import build_adapter, let_identity_in
 from .portrait_data import PortraitSet
 
 BASE = Recipe(steps=7000, batch=32, lr=1e-3, ema=0.998)
@@ -76,72 +76,12 @@ def build_unet() -> nn.Module:
 
 
 def build_content(unet: nn.Module, lq_channels: int = 3) -> nn.Module:
-    """RIDFR's content module: the UNet's encoder with more input channels for the LQ face, which start at zero."""
-    from diffusers import ControlNetModel
+    """The content module of the nano UNet, with the UNet's kind of self-attention."""
+    from diffusers.models.attention_processor import AttnProcessor
 
-    dims = {k: v for k, v in UNET.items() if k != "sample_size"}
-    net = ControlNetModel(**dims, in_channels=4 + lq_channels)
-    net.controlnet_cond_embedding = NoHint()
-    weights = {k: v for k, v in unet.state_dict().items() if k in net.state_dict()}
-    weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, lq_channels))
-    net.load_state_dict(weights, strict=False)
-    net.set_attn_processor(next(iter(unet.attn_processors.values())))
+    net = networks.build_content(unet, lq_channels)
+    net.set_attn_processor(AttnProcessor())
     return net
-
-
-class NoHint(nn.Module):
-    """Stands where ControlNet encodes its hint: here the hint is already in the input's channels."""
-
-    def forward(self, hint: Tensor) -> Tensor:
-        return hint
-
-
-class IdentityAttention:
-    """diffusers attention processor for RIDFR Eq. 3: text attention plus attention to K', V' of the identity.
-
-    K', V' are not computed here but handed in through `cross_attention_kwargs={"identity": [(K', V'), ...]}`, one pair
-    per layer, in the order of the checkpoints.
-    """
-
-    def __init__(self, layer: int):
-        self.layer = layer
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, identity=None):
-        q, heads = attn.to_q(hidden_states), attn.heads
-        k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-        out = decoupled_attention(torch.zeros_like(q), q, k, v, heads, 1.0)
-        if identity is not None:
-            out = decoupled_attention(out, q, *identity[self.layer], heads, 1.0)
-        return attn.to_out[0](out)
-
-
-class PlainAttention:
-    """diffusers attention processor that ignores the identity (self-attention)."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, identity=None):
-        from diffusers.models.attention_processor import AttnProcessor
-
-        return AttnProcessor()(attn, hidden_states, encoder_hidden_states, attention_mask)
-
-
-def let_identity_in(unet: nn.Module) -> nn.Module:
-    """Give every cross-attention its place in the adapter: down, up, then mid, as IP-Adapter counts."""
-    names = [name for name in unet.attn_processors if "attn2" in name]
-    places = {name: IdentityAttention(k) for k, name in enumerate(names)}
-    unet.set_attn_processor({name: places.get(name) or PlainAttention() for name in unet.attn_processors})
-    return unet
-
-
-def build_adapter(unet: nn.Module) -> IdentityAdapter:
-    """An untrained identity adapter for the nano UNet; K', V' start as the UNet's own K, V, as in IP-Adapter."""
-    state = unet.state_dict()
-    names = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
-    adapter = IdentityAdapter(channels=[len(state[f"{name}.to_k.weight"]) for name in names], **ADAPTER)
-    with torch.no_grad():
-        for layer, name in zip(adapter.ip_adapter.values(), names):
-            layer.to_k_ip.weight.copy_(state[f"{name}.to_k.weight"])
-            layer.to_v_ip.weight.copy_(state[f"{name}.to_v.weight"])
-    return adapter
 
 
 class Material:
@@ -168,7 +108,7 @@ class Material:
     def clip(self) -> Tensor:
         """CLIP features [N,65,128] of the aligned faces."""
         return self.portraits.feature(
-            "clip", self.vision, lambda images, points: nano_vision.features(self.vision, images, points)
+            "clip", self.vision, lambda images, points: clip_vision.features(self.vision, images, points)
         )
 
     @cached_property
@@ -176,7 +116,7 @@ class Material:
         """CLIP features [65,128] of nobody: the zero image after normalisation, as diffusers and IP-Adapter have it."""
         size = CLIP_VISION["image_size"]
         with torch.no_grad():
-            return nano_vision.hidden_states(self.vision, torch.zeros(1, 3, size, size))[0]
+            return clip_vision.hidden_states(self.vision, torch.zeros(1, 3, size, size))[0]
 
     def rows(self, recipe: Recipe, generator: torch.Generator) -> Tensor:
         return torch.randint(len(self.portraits), (recipe.batch,), generator=generator)
@@ -209,38 +149,12 @@ def latents_of(vae: nn.Module, images: Tensor) -> Tensor:
     return vae.encode(images * 2 - 1).latent_dist.mode() * LATENT_SCALE
 
 
-class Noised:
-    """A batch of latents on their way to noise: z_t, t, and the target the UNet should predict."""
-
-    def __init__(self, latents: Tensor, noise_schedule, generator: torch.Generator):
-        noise = torch.randn(latents.shape, generator=generator)
-        self.t = torch.randint(noise_schedule.config.num_train_timesteps, (len(latents),), generator=generator)
-        self.z = noise_schedule.add_noise(latents, noise, self.t)
-        self.target = noise_schedule.get_velocity(latents, noise, self.t)
-
-    def repeat(self, times: int) -> "Noised":
-        """The same noised latents several times over."""
-        other = copy.copy(self)
-        other.z, other.t, other.target = (torch.cat([x] * times) for x in (self.z, self.t, self.target))
-        return other
-
-
 def predict(unet, content, noised: Noised, lq: Tensor | None = None, identity=None, context=None) -> Tensor:
     """The UNet's prediction with any of the conditions; context: text tokens, the empty prompt's if left out."""
-    residuals = {}
     if context is None:
         context = empty_prompt(len(noised.z))
-    if lq is not None:
-        both = SPEC.concat(noised.z, lq)
-        down, mid = content(both, noised.t, context, torch.zeros(()), return_dict=False)
-        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-    kwargs = {} if identity is None else {"identity": identity}
-    return unet(noised.z, noised.t, context, cross_attention_kwargs=kwargs, **residuals).sample
-
-
-def error(guess: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Mean squared error of predictions [B,4,h,w], weighted by the places' weights [B,1,h,w]."""
-    return (weight * (guess.float() - target).square()).mean()
+    residuals = None if lq is None else control(content, noised, lq, context, SPEC)
+    return losses.predict(unet, noised, context, residuals, identity)
 
 
 def train_base(run_folder, material: Material, recipe: Recipe = BASE) -> nn.Module:
@@ -251,7 +165,7 @@ def train_base(run_folder, material: Material, recipe: Recipe = BASE) -> nn.Modu
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = material.rows(recipe, generator)
         drop = torch.rand(recipe.batch, generator=generator) < 0.25
-        noised = Noised(material.latents[rows].float(), noise_schedule, generator)
+        noised = Noised.draw(material.latents[rows].float(), noise_schedule, generator)
         with torch.autocast("cpu", torch.bfloat16):
             context = encoder(material.portraits.captions(rows), drop)
             guess = predict(unet, None, noised, context=context)
@@ -264,13 +178,13 @@ def train_base(run_folder, material: Material, recipe: Recipe = BASE) -> nn.Modu
 def train_adapter(run_folder, material: Material, unet: nn.Module, recipe: Recipe = ADAPT) -> IdentityAdapter:
     """IP-Adapter's training: every portrait is its own reference, UNet frozen, identity dropped now and then."""
     torch.manual_seed(recipe.seed)
-    adapter, noise_schedule = build_adapter(unet), schedule()
+    adapter, noise_schedule = build_adapter(unet, **ADAPTER), schedule()
     let_identity_in(unet)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = material.rows(recipe, generator)
         drop = torch.rand(recipe.batch, generator=generator) < 0.1
-        noised = Noised(material.latents[rows].float(), noise_schedule, generator)
+        noised = Noised.draw(material.latents[rows].float(), noise_schedule, generator)
         with torch.autocast("cpu", torch.bfloat16):
             tokens = adapter.tokens(*material.identity(rows, drop), shortcut=True)
             guess = predict(unet, None, noised, identity=adapter.keys_values(tokens))
@@ -288,7 +202,7 @@ def train_content(run_folder, material: Material, unet: nn.Module, recipe: Recip
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = material.rows(recipe, generator)
         lq = material.lq(rows, generator)
-        noised = Noised(material.latents[rows].float(), noise_schedule, generator)
+        noised = Noised.draw(material.latents[rows].float(), noise_schedule, generator)
         with torch.autocast("cpu", torch.bfloat16):
             guess = predict(unet, content, noised, lq)
         return error(guess, noised.target, material.weight(rows))
@@ -316,7 +230,7 @@ def train_aligned(
         turns = torch.rand(recipe.batch, views - 1, generator=generator).argsort(1)[:, :2] + 1
         references = (rows - rows % views)[:, None] + (rows[:, None] + turns) % views  # two other views of the person
         nobody = torch.rand(recipe.batch, generator=generator) < 0.2
-        noised = Noised(material.latents[rows].float(), noise_schedule, generator)
+        noised = Noised.draw(material.latents[rows].float(), noise_schedule, generator)
         twice, lq = noised.repeat(2), material.lq(rows, generator).repeat(2, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
@@ -324,8 +238,7 @@ def train_aligned(
                 identity = adapter.keys_values(tokens)
             guess = predict(unet, content, twice, lq, identity).float()
         diffusion = error(guess, twice.target, material.weight(rows).repeat(2, 1, 1, 1))
-        first, second = guess.chunk(2)
-        alignment = F.mse_loss(first, second)
+        alignment = misalignment(guess)
         return diffusion + strength * alignment, {"alignment": alignment.item()}
 
     Run(run_folder, f"aligned-{strength:g}", content, recipe).train(loss)

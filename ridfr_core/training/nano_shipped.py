@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from ..checkpoints import read
 from ..content import controlnet_to_ldm
 from ..layouts import unet_to_ldm, vae_to_ldm
 from ..nano import WEIGHTS
 from . import nano_diffusion, nano_vae, nano_vision
+from .networks import from_ldm
 
 
 def adopt(work: Path) -> None:
@@ -38,9 +38,3 @@ def adopt(work: Path) -> None:
         if not path.exists():
             torch.save({"step": recipe.steps, "seconds": 0.0, "history": [], "ema": state, "module": state,
                         "optimizer": None}, path)
-
-
-def from_ldm(module: nn.Module, rename, tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """The diffusers state of `module` in fp32, out of tensors in the layout that `rename` writes."""
-    own = module.state_dict()
-    return {key: tensors[prefix + name].float().view(own[key].shape) for key, name in zip(own, rename(own))}

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..faces import ARCFACE_TEMPLATE, align, similarity_transform, warp
+from ..faces import ARCFACE_TEMPLATE, similarity_transform, warp
 from ..nano.config import CLIP_VISION
+from .clip_vision import normalise
 from .loop import Recipe, Run
 from .portrait_data import PortraitSet
 
 RECIPE = Recipe(steps=3000, batch=64, lr=1e-3)
 KEPT = 0.3  # share of the patches that the encoder sees
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def build() -> nn.Module:
@@ -26,20 +25,14 @@ def build() -> nn.Module:
     return CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_VISION))
 
 
-def normalise(crops: Tensor) -> Tensor:
-    """Crops in [0,1] of any size to CLIP's input."""
-    size = CLIP_VISION["image_size"]
-    crops = F.interpolate(crops, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    return (crops - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-
-
 class MaskedAutoencoder(nn.Module):
     """CLIP's vision tower over the visible patches, and a light decoder which is thrown away."""
 
     def __init__(self):
         super().__init__()
         width, self.patch = CLIP_VISION["hidden_size"], CLIP_VISION["patch_size"]
-        self.patches = (CLIP_VISION["image_size"] // self.patch) ** 2
+        self.size = CLIP_VISION["image_size"]
+        self.patches = (self.size // self.patch) ** 2
         self.tower = build()
         self.hidden = nn.Parameter(torch.zeros(1, 1, width))
         self.places = nn.Parameter(torch.randn(1, self.patches, width) * 0.02)
@@ -78,17 +71,8 @@ def train(run_folder, portraits: PortraitSet, recipe: Recipe = RECIPE) -> nn.Mod
         rows = torch.randint(len(portraits), (recipe.batch,), generator=generator)
         order = torch.rand(recipe.batch, net.patches, generator=generator).argsort(1)
         with torch.autocast("cpu", torch.bfloat16):
-            return net(normalise(warp(portraits.batch(rows), matrices[rows], CLIP_VISION["image_size"])), order)
+            crops = warp(portraits.batch(rows), matrices[rows], net.size)
+            return net(normalise(crops, net.size), order)
 
     Run(run_folder, "vision", net, recipe).train(loss)
     return net.tower.requires_grad_(False).eval()
-
-
-def features(tower: nn.Module, images: Tensor, landmarks: Tensor) -> Tensor:
-    """What the identity adapter reads: penultimate hidden states [B,65,128] of the aligned face."""
-    return hidden_states(tower, normalise(align(images, landmarks, 224)))
-
-
-def hidden_states(tower: nn.Module, pixels: Tensor) -> Tensor:
-    """Penultimate hidden states of normalised input [B,3,64,64]."""
-    return tower(pixels, output_hidden_states=True).hidden_states[-2]
