@@ -2,8 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .apply_identity import ApplyIdentity
 from .doctor import Doctor
-from .identity import ApplyIdentity, CompareIdentity, ExtractIdentity
+from .guidance import GuidancePlot, IDPreservingSampling
+from .identity import CompareIdentity, ExtractIdentity
 from .images import ColorFix, DegradeFace, NanoPortraits
 from .loaders import LoadContentControlNet, LoadFaceModel, LoadIdentityAdapter, LoadNanoModels
 from .paths import register_folders
@@ -26,6 +28,8 @@ class RIDFRExtension(ComfyExtension):
             ColorFix,
             NanoPortraits,
             Doctor,
+            IDPreservingSampling,
+            GuidancePlot,
         ]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -14,18 +15,48 @@ from ..ridfr_core.adapter import decoupled_attention
 Place = tuple[str, int, int]  # block ("input", "middle", "output"), its number, transformer block within
 
 
+class Region:
+    """Where an identity acts: masks [M,H,W] in [0,1], one per image or one for all.
+
+    All layers of a model share one Region, which keeps what it has moved and resized.
+    """
+
+    def __init__(self, masks: Tensor):
+        self.masks = masks
+        self._resized: dict[tuple[int, int], Tensor] = {}
+        self._moved: dict[torch.device, Region] = {}
+
+    def at(self, height: int, width: int) -> Tensor:
+        """The masks at a layer's size, [M, height * width, 1]."""
+        if (height, width) not in self._resized:
+            small = F.interpolate(self.masks[:, None], size=(height, width), mode="area")
+            self._resized[height, width] = small.flatten(2).transpose(1, 2)
+        return self._resized[height, width]
+
+    def to(self, device: torch.device) -> "Region":
+        if device == self.masks.device:
+            return self
+        if device not in self._moved:
+            self._moved[device] = Region(self.masks.to(device))
+        return self._moved[device]
+
+
 @dataclass(frozen=True)
 class IdentityAttention:
     """Replaces the cross-attention of one layer, after `previous`, a patch that was there before.
 
     keys, values [people + 1, tokens, channels]: of each person, then of no one (for the negative prompt's half of CFG).
-    sigmas: (first, last) noise levels between which the identity acts, or None for always.
+    strength: one for all images, or [images]. bias [people + 1, 1, 1, tokens]: logarithms of the tokens' weights, -inf
+    where a person has fewer tokens than others; None where all count the same. region: where it acts, None for
+    everywhere. sigmas: (first, last) noise levels between which the identity acts, or None for always.
     """
 
     keys: Tensor
     values: Tensor
-    strength: float
+    strength: float | Tensor
     sigmas: tuple[float, float] | None = None
+    bias: Tensor | None = None
+    region: Region | None = None
     previous: Callable | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
@@ -36,36 +67,53 @@ class IdentityAttention:
             )
         else:
             out = self.previous(q, k, v, extra_options)
-        chunks = extra_options["cond_or_uncond"]
-        keys, values = (self._rows(x, chunks, len(q)) for x in (self.keys, self.values))
-        return decoupled_attention(out, q, keys, values, heads, self._scale(q, extra_options["sigmas"]))
+        chunks = extra_options["cond_or_uncond"]  # a chunk: the latent batch under one conditioning; 0 positive, 1 not
+        images = len(q) // len(chunks)
+        scale = self._scale(q, extra_options, images, len(chunks))
+        keys, values, bias = (self._rows(x, chunks, images) for x in (self.keys, self.values, self.bias))
+        return decoupled_attention(out, q, keys, values, heads, scale, bias)
 
-    def _rows(self, x: Tensor, chunks: list[int], batch: int) -> Tensor:
-        """[batch, tokens, channels]; a chunk is the latent batch under one conditioning: 0 positive, 1 negative."""
-        size, people = batch // len(chunks), len(x) - 1
-        if people not in (1, size):
-            raise ValueError(
-                f"The identity has {people} people but the latent batch has {size} images: give as many "
-                "images as people, or one person for all."
-            )
-        return torch.cat([(x[-1:] if chunk else x[:-1]).expand(size, -1, -1) for chunk in chunks])
+    def _rows(self, x: Tensor | None, chunks: list[int], images: int) -> Tensor | None:
+        """[people + 1, ...] -> [len(chunks) * images, ...]: of each image's person, of no one in negative chunks."""
+        if x is None:
+            return None
+        people = per_image(x[:-1], images, "The identity has {} people")
+        return torch.cat([x[-1:].expand_as(people) if chunk else people for chunk in chunks])
 
-    def _scale(self, q: Tensor, sigma: Tensor) -> float | Tensor:
-        if self.sigmas is None:
-            return self.strength
-        first, last = self.sigmas
-        acts = (sigma[:1] <= first) & (sigma[:1] >= last)  # stays on the device: no step waits for it
-        return (self.strength * acts).to(q).view(1, 1, 1)
+    def _scale(self, q: Tensor, extra_options: dict, images: int, chunks: int) -> float | Tensor:
+        """A number, or a tensor that stays on the device, so that no step waits for it."""
+        scale = self.strength
+        if isinstance(scale, Tensor):
+            scale = per_image(scale, images, "There are {} strengths").repeat(chunks).view(-1, 1, 1)
+        if self.region is not None:
+            height, width = extra_options["activations_shape"][2:]
+            masks = per_image(self.region.at(height, width), images, "There are {} masks")
+            scale = scale * masks.repeat(chunks, 1, 1)
+        if self.sigmas is not None:
+            first, last = self.sigmas
+            sigma = extra_options["sigmas"][:1]
+            scale = scale * ((sigma <= first) & (sigma >= last)).view(1, 1, 1)
+        return scale.to(q) if isinstance(scale, Tensor) else scale
 
     def to(self, target: torch.device | torch.dtype) -> "IdentityAttention":
         """Moved to a device. A dtype is for `previous` alone: the model's may be fp8; here q's is taken at the call."""
-        previous = self.previous.to(target) if hasattr(self.previous, "to") else self.previous
-        if isinstance(target, torch.dtype):
-            return replace(self, previous=previous)
-        return replace(self, previous=previous, keys=self.keys.to(target), values=self.values.to(target))
+        moved = {"previous": self.previous.to(target) if hasattr(self.previous, "to") else self.previous}
+        if not isinstance(target, torch.dtype):
+            own = {name: getattr(self, name) for name in ("keys", "values", "strength", "bias", "region")}
+            moved |= {name: x.to(target) for name, x in own.items() if hasattr(x, "to")}
+        return replace(self, **moved)
 
     def models(self) -> list[ModelPatcher]:
         return self.previous.models() if hasattr(self.previous, "models") else []
+
+
+def per_image(x: Tensor, images: int, what: str) -> Tensor:
+    """[1 or images, ...] -> [images, ...]. Raises ValueError for other lengths, which `what` names."""
+    if len(x) not in (1, images):
+        raise ValueError(
+            f"{what.format(len(x))} but the latent batch has {images} images: give as many of both, or one for all."
+        )
+    return x.expand(images, *x.shape[1:])
 
 
 def cross_attention_widths(model: ModelPatcher) -> dict[Place, int]:
@@ -89,7 +137,7 @@ def install(model: ModelPatcher, patches: dict[Place, IdentityAttention]) -> Mod
     transformer; the key of the patch that runs now is kept, so that this one runs in its place.
     """
     model = model.clone()
-    depth = Counter(place[:2] for place in patches)
+    depth = Counter(place[:2] for place in cross_attention_widths(model))
     for place, patch in patches.items():
         installed = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
         key = place if place in installed or depth[place[:2]] > 1 else place[:2]

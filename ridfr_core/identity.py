@@ -1,8 +1,11 @@
 """Identities: what is known of the people to be restored, from their reference photos."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .face_model import FaceModel
@@ -13,7 +16,22 @@ BYSTANDER = 0.25  # a second face is taken for a passer-by if its area is below 
 
 
 class IdentityError(ValueError):
-    """A reference photo cannot be used; the message says which, why and what to do."""
+    """Reference photos or an identity cannot be used; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured of a reference photo.
+
+    height: of the detected face's box, in pixels. score: the detector's certainty in [0,1]. norm: length of the raw
+    ArcFace embedding, which falls with the photo's quality (Kim et al., "AdaFace", CVPR 2022); its scale is the
+    recogniser's own, so only photos seen by the same one compare. sharpness: 1 - sharpness.estimate_degradation.
+    """
+
+    height: float
+    score: float
+    norm: float
+    sharpness: float
 
 
 @dataclass(frozen=True)
@@ -21,12 +39,14 @@ class Person:
     """One person's N reference photos.
 
     embeddings: [N,512], unit length. clip: [N,T,D], penultimate CLIP hidden states of the aligned 224 px crops, or None
-    where no CLIP was given. weights: [N], how much each photo counts.
+    where no CLIP was given. weights: [N], at least 0, how much each photo counts beside the person's others; one of
+    them is above 0. quality: N entries, or none where it is unknown.
     """
 
     embeddings: Tensor
     clip: Tensor | None
     weights: Tensor
+    quality: tuple[Quality, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,34 +54,200 @@ class Identity:
     """The people of a batch, one per image.
 
     clip_uncond: [T,D], CLIP hidden states of the zero image, or None. digest: FaceModel.digest of the embeddings.
-    thumbnails: [sum of N,3,112,112], the aligned crops in [0,1], person by person.
+    thumbnails: [sum of N,3,112,112], the aligned crops in [0,1], person by person. recogniser: FaceModel.name.
     """
 
     people: tuple[Person, ...]
     clip_uncond: Tensor | None
     digest: str
     thumbnails: Tensor
+    recogniser: str = ""
+
+    def crops(self) -> tuple[Tensor, ...]:
+        """Each person's thumbnails [N,3,112,112]."""
+        return self.thumbnails.split([len(person.embeddings) for person in self.people])
 
 
-def reference_faces(face_model: FaceModel, images: Tensor, what: str = "reference image") -> Tensor:
-    """Landmarks [B,5,2] of the one face in each image [B,3,H,W], RGB in [0,1].
+def reference_faces(face_model: FaceModel, images: Tensor, what: str = "reference image") -> list[Face]:
+    """The one face in each image of [B,3,H,W], RGB in [0,1].
 
     Faces much smaller than the largest (passers-by) are ignored.
     Raises IdentityError for no face, several faces or one too small; it names the image by `what` and its index from 1.
     """
-    return torch.stack([_one_face(face_model.detector.detect(image), f"{what} {index}")
-                        for index, image in enumerate(images, 1)])
+    return [
+        _one_face(face_model.detector.detect(image), f"{what} {index}") for index, image in enumerate(images, start=1)
+    ]
 
 
-def _one_face(faces: list[Face], what: str) -> Tensor:
+def _one_face(faces: list[Face], what: str) -> Face:
     if not faces:
         raise IdentityError(f"No face was found in {what}: use a sharper photo of the face, upright and unobstructed.")
     largest = faces[0]
     people = sum(face.area >= BYSTANDER * largest.area for face in faces)
     if people > 1:
         raise IdentityError(f"{people} faces were found in {what}: crop it to the one person.")
-    height = float(largest.box[3] - largest.box[1])
-    if height < SMALLEST_FACE:
-        raise IdentityError(f"The face in {what} is only {height:.0f} pixels high: use a photo where it has at least "
-                            f"{SMALLEST_FACE}.")
-    return largest.landmarks
+    if height_of(largest) < SMALLEST_FACE:
+        raise IdentityError(
+            f"The face in {what} is only {height_of(largest):.0f} pixels high: use a photo where it has at least "
+            f"{SMALLEST_FACE}."
+        )
+    return largest
+
+
+def height_of(face: Face) -> float:
+    """Height of the face's box in pixels."""
+    return float(face.box[3] - face.box[1])
+
+
+def parse_weights(text: str, photos: int) -> Tensor:
+    """[photos] from numbers separated by commas, spaces or lines; 1 for each where the text is empty.
+
+    Raises IdentityError for anything but `photos` numbers of at least 0.
+    """
+    words = [word for word in re.split(r"[,;\s]+", text) if word]
+    try:
+        weights = torch.tensor([float(word) for word in words] or [1.0] * photos)
+    except ValueError:
+        raise IdentityError(f"The weights {text!r} are not numbers: write one for each photo: 1, 0.5.") from None
+    if len(weights) != photos:
+        raise IdentityError(f"There are {len(weights)} weights for {photos} photos: write one for each, or none.")
+    if not (torch.isfinite(weights) & (weights >= 0)).all():
+        raise IdentityError(f"The weights {text!r} must be at least 0, and finite.")
+    return weights
+
+
+def check_weights(weights: Tensor, whose: str) -> None:
+    """Raises IdentityError where no photo of a person counts."""
+    if not (weights > 0).any():
+        raise IdentityError(f"All photos of {whose} have weight 0: give one of them more.")
+
+
+def check_recogniser(identity: Identity, name: str, digest: str, what: str = "The identity") -> None:
+    """Raises IdentityError where the identity was made with another recogniser than the one of this name and digest."""
+    if identity.digest != digest:
+        raise IdentityError(
+            f"{what} was made with the face model {identity.recogniser or 'unknown'} ({identity.digest[:8]}) and this "
+            f"is {name} ({digest[:8]}), whose embeddings mean something else: use the same face model for both."
+        )
+
+
+def each_alone(identity: Identity) -> list[Identity]:
+    """The people of an identity, each as an identity of one."""
+    return [
+        replace(identity, people=(person,), thumbnails=crops)
+        for person, crops in zip(identity.people, identity.crops())
+    ]
+
+
+def join_people(identities: Sequence[Identity]) -> Identity:
+    """One identity with the people of all, in their order. Raises IdentityError as `join_photos`."""
+    _check_alike(identities)
+    return replace(
+        identities[0],
+        people=tuple(person for identity in identities for person in identity.people),
+        thumbnails=torch.cat([identity.thumbnails for identity in identities]),
+    )
+
+
+def join_photos(identities: Sequence[Identity]) -> Identity:
+    """One identity in which person i has the photos that person i has in each of them.
+
+    Raises IdentityError where the numbers of people, the recognisers or the CLIP vision models differ.
+    """
+    _check_alike(identities)
+    counts = [len(identity.people) for identity in identities]
+    if len(set(counts)) > 1:
+        raise IdentityError(
+            f"The identities have {', '.join(map(str, counts))} people: to add photos, each must have the same people."
+        )
+    people = tuple(map(_join_person, zip(*(identity.people for identity in identities))))
+    crops = [crop for person in zip(*(identity.crops() for identity in identities)) for crop in person]
+    return replace(identities[0], people=people, thumbnails=torch.cat(crops))
+
+
+def _join_person(parts: Sequence[Person]) -> Person:
+    known = all(part.quality for part in parts)
+    return Person(
+        torch.cat([part.embeddings for part in parts]),
+        None if parts[0].clip is None else torch.cat([part.clip for part in parts]),
+        torch.cat([part.weights for part in parts]),
+        tuple(quality for part in parts for quality in part.quality) if known else (),
+    )
+
+
+def _check_alike(identities: Sequence[Identity]) -> None:
+    first = identities[0]
+    for number, other in enumerate(identities[1:], start=2):
+        check_recogniser(other, first.recogniser or "another", first.digest, f"Identity {number}")
+        if _clip_shape(other) != _clip_shape(first):
+            raise IdentityError(
+                f"Identity 1 and identity {number} were extracted with different CLIP vision models: extract both "
+                "with the same one."
+            )
+
+
+def _clip_shape(identity: Identity) -> torch.Size | None:
+    return None if identity.clip_uncond is None else identity.clip_uncond.shape
+
+
+def mean_embedding(person: Person) -> Tensor:
+    """[512], unit length: the direction of the weighted sum of the embeddings."""
+    return F.normalize(person.weights @ person.embeddings, dim=0)
+
+
+def weighted_mean(identity: Identity) -> Identity:
+    """Each person's photos become one: mean embedding (unit length) and mean CLIP features, both by weight.
+
+    The thumbnail is the photo that is most similar to the mean; a mean has no quality.
+    """
+    people = tuple(map(_average, identity.people))
+    nearest = [crops[best_photo(person)] for person, crops in zip(identity.people, identity.crops())]
+    return replace(identity, people=people, thumbnails=torch.stack(nearest))
+
+
+def _average(person: Person) -> Person:
+    share = person.weights / person.weights.sum()
+    clip = None if person.clip is None else torch.einsum("n,ntd->td", share, person.clip)[None]
+    return Person(mean_embedding(person)[None], clip, torch.ones(1))
+
+
+def best_match(identity: Identity, probes: Sequence[Tensor | None]) -> tuple[Identity, list[int]]:
+    """Each person's one photo that fits best, and its index.
+
+    probes: for each person the unit embedding [512] to be like, such as that of the degraded face (ID-PreFeR takes
+    the reference that is most similar to it), or None for the person's mean.
+    """
+    chosen = [best_photo(person, probe) for person, probe in zip(identity.people, probes, strict=True)]
+    people = tuple(
+        Person(
+            person.embeddings[[i]],
+            None if person.clip is None else person.clip[[i]],
+            torch.ones(1),
+            person.quality[i : i + 1],
+        )
+        for person, i in zip(identity.people, chosen)
+    )
+    thumbnails = torch.stack([crops[i] for crops, i in zip(identity.crops(), chosen)])
+    return replace(identity, people=people, thumbnails=thumbnails), chosen
+
+
+def best_photo(person: Person, probe: Tensor | None = None) -> int:
+    """Index of the photo with the largest weight * (1 + cosine) / 2, the cosine to `probe` or to the person's mean."""
+    probe = mean_embedding(person) if probe is None else probe
+    return int((person.weights * (1 + person.embeddings @ probe) / 2).argmax())
+
+
+def describe(person: Person) -> list[str]:
+    """A line for each photo: its weight, its similarity to the person's mean, its quality where that is known."""
+    similarity = (person.embeddings @ mean_embedding(person)).tolist()
+    lines = [
+        f"photo {number}: weight {weight:g}, {cosine:.2f} like the mean of all"
+        for number, (weight, cosine) in enumerate(zip(person.weights.tolist(), similarity), start=1)
+    ]
+    if person.quality:
+        lines = [
+            f"{line}; face {q.height:.0f} px high, detected with {q.score:.2f}, sharpness {q.sharpness:.2f}, "
+            f"embedding norm {q.norm:.1f}"
+            for line, q in zip(lines, person.quality)
+        ]
+    return lines

@@ -25,7 +25,8 @@ class Script:
 
 def landmarks(*answers, **options):
     model = FaceModel("script", Script(*answers), torch.nn.Identity(), "0" * 64)
-    return reference_faces(model, torch.zeros(len(answers), 3, 256, 256), **options)
+    found = reference_faces(model, torch.zeros(len(answers), 3, 256, 256), **options)
+    return torch.stack([face.landmarks for face in found])
 
 
 def test_one_face_each():

@@ -121,13 +121,26 @@ def weights(checkout, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def nodes(pack, weights) -> Iterator[dict]:
+def nodes(pack, weights, shown) -> Iterator[dict]:
     """Every node class by its id."""
     before, pack.nodes.paths.WEIGHTS = pack.nodes.paths.WEIGHTS, weights
     pack.nodes.paths.register_folders()
     extension = asyncio.run(pack.comfy_entrypoint())
-    yield {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
+    classes = {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
+    for name, node in classes.items():
+        node.hidden = SimpleNamespace(unique_id=name)
+    yield classes
     pack.nodes.paths.WEIGHTS = before
+
+
+@pytest.fixture(scope="session")
+def shown(comfy) -> dict[str, str]:
+    """The text that appears on a node, by its class's id."""
+    from server import PromptServer
+
+    texts = {}
+    PromptServer.instance = SimpleNamespace(send_progress_text=lambda text, node: texts.update({node: text}))
+    return texts
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Identities from pictures: Extract Identity and Compare Identity, on random nano weights."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -20,7 +18,7 @@ def test_extract_identity(nodes, nano, face_model, pack, batch, people):
 
     core = pack.ridfr_core
     images = photos.movedim(-1, 1)
-    landmarks = core.identity.reference_faces(face_model.model, images)
+    landmarks = torch.stack([face.landmarks for face in core.identity.reference_faces(face_model.model, images)])
     crops = core.faces.align(images, landmarks, 224).movedim(1, -1)
     torch.testing.assert_close(clip, nano.vision.encode_image(crops).penultimate_hidden_states)
     assert not torch.allclose(clip[0], clip[1])
@@ -41,26 +39,17 @@ def test_zero_image_is_zero_after_normalisation(nano, pack, weights):
 
 
 @pytest.fixture
-def compare(nodes, face_model, pack, monkeypatch):
-    """Compare Identity of two batches; `compare.shown` is the text that appears on the node."""
-    node = nodes["RIDFR_CompareIdentity"]
-    monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="9"))
-
-    def compare(a, b):
-        return node.execute(face_model, a, b)
-
-    compare.shown = {}
-    server = SimpleNamespace(send_progress_text=lambda text, node: compare.shown.update({node: text}))
-    monkeypatch.setattr(pack.nodes.identity.PromptServer, "instance", server, raising=False)
-    return compare
+def compare(nodes, face_model):
+    """Compare Identity of two batches."""
+    return lambda a, b: nodes["RIDFR_CompareIdentity"].execute(face_model, a, b)
 
 
-def test_compare_identity(nodes, compare):
+def test_compare_identity(nodes, compare, shown):
     photos = nodes["RIDFR_NanoPortraits"].execute(0, 2, 5)[0]
     out = compare(photos, photos)
     assert out[0] == pytest.approx(1.0, abs=1e-5) and len(out[1].splitlines()) == 3
     assert out.ui["similarity"] == pytest.approx([1.0, 1.0], abs=1e-5)
-    assert compare.shown == {"9": out[1]}
+    assert shown["RIDFR_CompareIdentity"] == out[1]
     assert len(compare(photos, photos[:1]).ui["similarity"]) == 2
     with pytest.raises(ValueError, match="The first input has 2 images and the second has 3"):
         compare(photos, photos[[0, 1, 0]])

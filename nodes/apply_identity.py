@@ -1,0 +1,217 @@
+"""The node that makes the diffusion model draw a person."""
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..ridfr_core.identity import Identity, check_weights, each_alone
+from . import types
+from .id_attention import IdentityAttention, Region, cross_attention_widths, install
+from .managed import ManagedAdapter, loaded
+
+ONE_EACH = "one for each picture"
+ALL_IN_ONE = "all in every picture, each in their mask"
+
+
+class ApplyIdentity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RIDFR_ApplyIdentity",
+            display_name="Apply Identity",
+            category=types.CATEGORY,
+            description="Makes the model draw this person's face. Several can follow one another.",
+            search_aliases=["ip-adapter faceid apply", "apply faceid", "face identity", "same person", "regional face"],
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model: SD1.5 or SDXL, as the adapter."),
+                types.IdentityAdapter.Input("adapter", tooltip="From Load Identity Adapter."),
+                types.Identity.Input(
+                    "identity",
+                    tooltip="From Extract Identity. With several people, there must be as "
+                    "many pictures in the batch as people.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=3.0,
+                    step=0.05,
+                    tooltip="How strongly the face is drawn towards this person: 0 not at all, 1 as trained.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    display_name="start",
+                    tooltip="The part of the run at which the identity sets in: 0 is the beginning.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    display_name="end",
+                    tooltip="The part of the run at which the identity stops acting: 1 is the end.",
+                ),
+                io.Float.Input(
+                    "s_scale",
+                    default=1.0,
+                    min=0.0,
+                    max=5.0,
+                    step=0.05,
+                    optional=True,
+                    display_name="look of the photo",
+                    tooltip="For PlusV2 adapters: how much of the photo's look (hair, age, light) comes along besides "
+                    "the face itself. 1 is as trained.",
+                ),
+                *block_strengths(),
+                io.Combo.Input(
+                    "people",
+                    options=[ONE_EACH, ALL_IN_ONE],
+                    default=ONE_EACH,
+                    optional=True,
+                    tooltip="If the identity has several people: whether each is for the picture at the same place of "
+                    "the batch, or all are in every picture, each where their mask is.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture the identity acts: white fully, black not at all. One mask for all "
+                    "pictures or one for each; with 'all in every picture', one for each person.",
+                ),
+                types.Strengths.Input(
+                    "strengths",
+                    optional=True,
+                    tooltip="From Adaptive Strength: a strength for each picture; the one above is multiplied by it.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model that knows the person; goes to the sampler.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        adapter: ManagedAdapter,
+        identity: Identity,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        s_scale: float = 1.0,
+        down: float = 1.0,
+        middle: float = 1.0,
+        up: float = 1.0,
+        people: str = ONE_EACH,
+        mask: Tensor | None = None,
+        strengths: Tensor | None = None,
+    ) -> io.NodeOutput:
+        check_fit(model, adapter, identity)
+        by_block = {"input": strength * down, "middle": strength * middle, "output": strength * up}
+        if not any(by_block.values()) or start_percent >= end_percent:
+            return io.NodeOutput(model)
+
+        def each(overall: float) -> float | Tensor:
+            return overall if strengths is None else overall * strengths
+
+        sigmas = None
+        if (start_percent, end_percent) != (0.0, 1.0):
+            sampling = model.get_model_object("model_sampling")
+            sigmas = sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)
+        for one, region in regions(identity, people, mask):
+            tokens, bias = identity_tokens(adapter, one, s_scale)
+            layers = zip(adapter.adapter.layers, adapter.adapter.keys_values(tokens), strict=True)
+            patches = {
+                place: IdentityAttention(keys.cpu(), values.cpu(), each(by_block[place[0]]), sigmas, bias, region)
+                for place, (keys, values) in layers
+                if by_block[place[0]]
+            }
+            model = install(model, patches)
+        return io.NodeOutput(model)
+
+
+def block_strengths() -> list[io.Float.Input]:
+    """The strengths of the UNet's parts, on top of the overall one."""
+    told = {
+        "down": "where the network takes the picture in: layout and coarse shape",
+        "middle": "at the network's middle, where it sees the least detail",
+        "up": "where the network draws the picture: features and detail",
+    }
+    return [
+        io.Float.Input(
+            name,
+            default=1.0,
+            min=0.0,
+            max=3.0,
+            step=0.05,
+            optional=True,
+            display_name=f"strength, {name}",
+            tooltip=f"Multiplies the strength {where}. Leave 1 unless you want to experiment.",
+        )
+        for name, where in told.items()
+    ]
+
+
+def check_fit(model, adapter: ManagedAdapter, identity: Identity) -> None:
+    """Raises ValueError if the adapter is of another family than the model or the image encoder."""
+    widths = cross_attention_widths(model)
+    expected = dict(zip(adapter.adapter.layers, adapter.adapter.channels, strict=True))
+    if widths != expected:
+        raise ValueError(
+            f"The adapter {adapter.name} is {family(expected)} but the model is {family(widths)}: load an "
+            "adapter made for this model."
+        )
+    needed = adapter.adapter.image_proj.perceiver_resampler.proj_in.in_features
+    width = identity.people[0].clip.shape[-1]
+    if width != needed:
+        raise ValueError(
+            f"The adapter {adapter.name} needs a CLIP vision model of width {needed} but the identity was "
+            f"extracted with one of width {width}: extract it with the other."
+        )
+    for number, person in enumerate(identity.people, start=1):
+        check_weights(person.weights, f"person {number}")
+
+
+def family(widths: dict) -> str:
+    name = {70: "for SDXL", 16: "for SD1.5"}.get(len(widths), "of another kind")
+    return f"{name} ({len(widths)} cross-attention layers, the widest has {max(widths.values(), default=0)} channels)"
+
+
+def regions(identity: Identity, people: str, mask: Tensor | None) -> list[tuple[Identity, Region | None]]:
+    """Who acts together, and where. Raises ValueError where people are to share pictures and have no mask each."""
+    masks = None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float()
+    if people == ONE_EACH:
+        return [(identity, None if masks is None else Region(masks))]
+    count = 0 if masks is None else len(masks)
+    if count != len(identity.people):
+        raise ValueError(
+            f"The identity has {len(identity.people)} people who are all to be in every picture, but there are {count} "
+            "masks: connect one mask for each person, as a batch."
+        )
+    return [(one, Region(mask[None])) for one, mask in zip(each_alone(identity), masks)]
+
+
+def identity_tokens(adapter: ManagedAdapter, identity: Identity, s_scale: float) -> tuple[Tensor, Tensor | None]:
+    """Identity tokens [people + 1, tokens, dim], of each person, then of no one; and the bias of their logits.
+
+    The tokens of a person's photos stand side by side (as FaceMe's do in the place of a word), so that attention
+    chooses among them; zeros follow where others have more photos. The bias [people + 1, 1, 1, tokens] is the
+    logarithm of a photo's weight relative to the person's largest, so that a photo of weight 2 counts like two of
+    weight 1, and -inf for the zeros. It is None where all photos count the same and no one has fewer.
+    """
+    device = loaded(adapter.patcher)
+    photos = [len(person.embeddings) for person in identity.people]
+    embeddings = torch.cat([person.embeddings for person in identity.people] + [torch.zeros(1, 512)])
+    clip = torch.cat([person.clip for person in identity.people] + [identity.clip_uncond[None]])
+    tokens = adapter.adapter.tokens(embeddings.to(device), clip.to(device), adapter.shortcut, s_scale)
+    *people, no_one = tokens.split([*photos, 1])
+    rows = [part.flatten(0, 1) for part in (*people, no_one.expand(max(photos), -1, -1))]
+    weights = [person.weights / person.weights.max() for person in identity.people] + [torch.ones(max(photos))]
+    padded = pad_sequence(weights, batch_first=True)
+    bias = None if (padded == 1).all() else padded.log().repeat_interleave(tokens.shape[1], 1)[:, None, None]
+    return pad_sequence(rows, batch_first=True), bias
