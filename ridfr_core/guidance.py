@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .faces import ARCFACE_TEMPLATE, align, similarity_transform, warp_grid
-from .identity import Person
+from .identity import Person, best_photo, mean_embedding
 from .recognition import CROP_SIZE, embed
 
 # Brows to lower lip, cheek to cheek, in the pixels of the ArcFace crop: what the recogniser goes by.
@@ -115,14 +115,14 @@ def _face_box(matrix: Tensor, latent_size: tuple[int, int], scale: int) -> tuple
 def references_of(person: Person, choice: str, lq_embedding: Tensor | None = None) -> Tensor:
     """The embeddings [N,512] that a face is compared with; the similarity is the largest of the N.
 
-    choice: MEAN, the photos' weighted mean; BEST, all of them, so that at every step the most similar counts; AUTO, the
-    one most similar to the low-quality face [512], as the paper selects x_ref.
+    choice: MEAN, the photos' weighted mean; BEST, all that have weight, so that at every step the most similar counts;
+    AUTO, the one most similar to the low-quality face [512], as the paper selects x_ref.
     """
     if choice == MEAN:
-        return F.normalize((person.embeddings * person.weights[:, None]).sum(0, keepdim=True), dim=1)
+        return mean_embedding(person)[None]
     if choice == AUTO:
-        return person.embeddings[(person.embeddings @ lq_embedding).argmax()][None]
-    return person.embeddings
+        return person.embeddings[[best_photo(person, lq_embedding)]]
+    return person.embeddings[person.weights > 0]
 
 
 class FaceSimilarity(nn.Module):
@@ -168,7 +168,7 @@ class Ascent(nn.Module):
         Where the similarity is not below the target, or is not a number, eps stays as it is.
         """
         similarities = []
-        with checkpoint_blocks(self.similarity.decoder) if self.checkpointed else nullcontext():
+        with torch.enable_grad(), checkpoint_blocks(self.similarity.decoder) if self.checkpointed else nullcontext():
             for _ in range(self.iterations):
                 eps = eps.detach().requires_grad_()
                 similarity = self.similarity(x - sigma * eps, face)

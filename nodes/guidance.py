@@ -1,0 +1,287 @@
+"""ID-Preserving Sampling (ID-PreFeR, section 3.4), and the plot of what it did."""
+
+import comfy.model_sampling as prediction
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from server import PromptServer
+from torch import Tensor
+
+from ..ridfr_core.faces import FFHQ_TEMPLATE, align
+from ..ridfr_core.guidance import AUTO, BEST, DECODE_MODES, MEAN, GuidanceError, references_of
+from ..ridfr_core.identity import Identity, check_recogniser
+from ..ridfr_core.line_chart import line_chart
+from . import types
+from .border import to_photos
+from .guided_run import GuidedSampling, Record, Settings, Subject, taesd_file
+from .managed import ManagedFaceModel
+
+RELATIVE, RAW = "relative to the noise", "raw, as in the paper"
+USUAL_PLACE, LEAVE_ALONE = "take the usual place", "leave the picture alone"
+
+
+class IDPreservingSampling(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RIDFR_IDPreservingSampling",
+            display_name="ID-Preserving Sampling",
+            category=types.CATEGORY,
+            description="While the sampler runs, looks at the picture that is taking shape and moves it so that a face "
+            "recogniser sees the person in it. Works on top of any other way to bring the person in, or alone, with "
+            "every sampler; each guided step takes longer. Models: SD1.5, SDXL and their like.",
+            search_aliases=["id guidance", "arcface guidance", "face guidance", "id-prefer", "identity loss"],
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model, before or after Apply Identity and LoRAs."),
+                io.Vae.Input("vae", tooltip="The VAE of this model: the picture is looked at through it."),
+                types.FaceModel.Input(
+                    "face_model",
+                    tooltip="The recogniser that guides, the same one that the identity was extracted with: buffalo_l "
+                    "or antelopev2.",
+                ),
+                types.Identity.Input(
+                    "identity",
+                    tooltip="From Extract Identity: one person for all pictures, or one for each picture of the batch.",
+                ),
+                io.Image.Input(
+                    "lq_image",
+                    display_name="LQ image",
+                    tooltip="The degraded pictures that are being restored: they say where the face is. One for all, "
+                    "or one for each picture of the batch.",
+                ),
+                io.Float.Input(
+                    "step_size",
+                    display_name="step size",
+                    default=0.1,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="How far the picture is moved at once; 0 switches guidance off. Too much makes the "
+                    "recogniser happy and the face strange: compare with a second recogniser in Compare Identity.",
+                ),
+                io.Combo.Input(
+                    "step_kind",
+                    display_name="step size is",
+                    options=[RELATIVE, RAW],
+                    default=RELATIVE,
+                    tooltip=f"'{RELATIVE}': 0.1 changes the predicted noise at the face by a tenth, whatever the model "
+                    f"and the moment; 0.02 to 0.2 are usual. '{RAW}': the gradient is multiplied by it; right values "
+                    "differ from model to model and may be in the hundreds.",
+                ),
+                io.Int.Input(
+                    "iterations",
+                    default=1,
+                    min=1,
+                    max=20,
+                    tooltip="How many times the picture is moved in each step. Each costs about the same time.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    display_name="start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The part of the run at which guidance sets in: 0 is the beginning.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    display_name="end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The part of the run at which guidance stops: 1 is the end.",
+                ),
+                io.Float.Input(
+                    "target",
+                    display_name="target similarity",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="A face that is this similar already is left alone; 1 never stops. Two photos of a person "
+                    "are seldom more alike than 0.7, so more is not more likeness.",
+                ),
+                io.Combo.Input(
+                    "references",
+                    options=[AUTO, MEAN, BEST],
+                    default=AUTO,
+                    tooltip=f"With several photos of the person: '{AUTO}' takes the one most similar to the LQ face, "
+                    f"'{MEAN}' their average, '{BEST}' at each step the one that is most similar then.",
+                ),
+                io.Combo.Input(
+                    "no_face",
+                    display_name="where no face is found",
+                    options=[USUAL_PLACE, LEAVE_ALONE],
+                    default=USUAL_PLACE,
+                    tooltip=f"In a very bad LQ image: '{USUAL_PLACE}' supposes the face where it is in pictures cut "
+                    f"to it, as for FFHQ; '{LEAVE_ALONE}' does not guide that picture.",
+                ),
+                io.Combo.Input(
+                    "decode",
+                    options=list(DECODE_MODES),
+                    default="face",
+                    tooltip="How the picture is looked at. Time and memory for a face that fills 512x512: 'face' "
+                    "decodes brows to mouth and takes hair and neck from the LQ image (about 2 GB); 'whole picture' "
+                    "is exact and takes about three times as long and as much; 'checkpointed' computes some things "
+                    "twice to keep less (a quarter of the memory, a third more time); 'bf16' halves the memory again, "
+                    "less exact; 'TAESD' uses ComfyUI's preview decoder from models/vae_approx, fast and approximate. "
+                    "When memory runs out, the next one is used.",
+                ),
+                io.Int.Input(
+                    "find_every",
+                    display_name="find the face again every",
+                    default=0,
+                    min=0,
+                    max=100,
+                    tooltip="After so many steps the face is looked for in the picture that is taking shape, since "
+                    "it may move; costs a whole decoding each time. 0: never.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The guided model; goes to the sampler."),
+                types.Guidance.Output(
+                    display_name="guidance", tooltip="What happens at each step; goes to Guidance Plot."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        vae,
+        face_model: ManagedFaceModel,
+        identity: Identity,
+        lq_image: Tensor,
+        references: str,
+        no_face: str,
+        step_kind: str,
+        step_size: float,
+        iterations: int,
+        start_percent: float,
+        end_percent: float,
+        target: float,
+        decode: str,
+        find_every: int,
+    ) -> io.NodeOutput:
+        check_fit(model, vae)
+        check_recogniser(identity, face_model.model.name, face_model.model.digest)
+        if step_size == 0 or start_percent >= end_percent:
+            return io.NodeOutput(model, Record(["Guidance is off: its step size is 0 or its range is empty."]))
+        if DECODE_MODES[decode].approximate:
+            taesd_file(model.get_model_object("latent_format"))
+        record = Record()
+        guided = subjects(face_model, identity, to_photos(lq_image, "LQ image"), references, no_face, record.notes)
+        settings = Settings(
+            step_size,
+            step_kind == RELATIVE,
+            iterations,
+            start_percent,
+            end_percent,
+            target,
+            decode,
+            find_every,
+            cls.hidden.unique_id,
+        )
+        if record.notes:
+            PromptServer.instance.send_progress_text("\n".join(record.notes), cls.hidden.unique_id)
+        return io.NodeOutput(GuidedSampling(vae, face_model, guided, settings, record).install(model), record)
+
+
+def check_fit(model: ModelPatcher, vae) -> None:
+    """Raises GuidanceError for a model that does not predict noise, and for the VAE of another latent space."""
+    sampling = model.get_model_object("model_sampling")
+    # of ComfyUI's kinds, those in which z0 = x - sigma * eps: epsilon, v, EDM and x0
+    if not isinstance(sampling, prediction.EPS) or isinstance(sampling, prediction.IMG_TO_IMG):
+        raise GuidanceError(
+            "ID-Preserving Sampling moves the predicted noise, and this model (a flow model, such as Flux or SD3) "
+            "predicts none: use one that does, such as SD1.5 or SDXL."
+        )
+    channels = model.get_model_object("latent_format").latent_channels
+    if vae.latent_dim != 2 or vae.latent_channels != channels:
+        raise GuidanceError(
+            f"The VAE has {vae.latent_channels} latent channels for {'pictures' if vae.latent_dim == 2 else 'video'} "
+            f"but the model has {channels} for pictures: connect the VAE that belongs to the model."
+        )
+
+
+def subjects(
+    face_model: ManagedFaceModel, identity: Identity, pictures: Tensor, references: str, no_face: str, notes: list[str]
+) -> list[Subject]:
+    """Who is where in the pictures [B,3,H,W]; what is not as expected is added to the notes."""
+    people = identity.people
+    if len(people) != len(pictures) and 1 not in (len(people), len(pictures)):
+        raise GuidanceError(
+            f"The identity has {len(people)} people and there are {len(pictures)} LQ images: give as many people as "
+            "LQ images, or one."
+        )
+    landmarks = [find_face(face_model, picture) for picture in pictures]
+    for number, found in enumerate(landmarks, 1):
+        if found is None:
+            notes.append(
+                f"No face was found in LQ image {number}: "
+                + ("its usual place is taken." if no_face == USUAL_PLACE else "it is not guided.")
+            )
+    height, width = pictures.shape[-2:]
+    usual = (FFHQ_TEMPLATE + 0.5) * (torch.tensor([width, height]) / 512) - 0.5
+    places = [usual if found is None else found for found in landmarks]
+    embeddings = face_model.embed(align(pictures, torch.stack(places))) if references == AUTO else [None] * len(places)
+    if no_face == LEAVE_ALONE:
+        places = landmarks
+    size = max(len(people), len(pictures))
+    people, rows = list(people) * (size // len(people)), list(range(len(pictures))) * (size // len(pictures))
+    return [
+        Subject(pictures[row], places[row], references_of(person, references, embeddings[row]))
+        for person, row in zip(people, rows, strict=True)
+    ]
+
+
+def find_face(face_model: ManagedFaceModel, picture: Tensor) -> Tensor | None:
+    """Landmarks [5,2] of the largest face in a picture [3,H,W]."""
+    found = face_model.model.detector.detect(picture)
+    return found[0].landmarks if found else None
+
+
+class GuidancePlot(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RIDFR_GuidancePlot",
+            display_name="Guidance Plot",
+            category=types.CATEGORY,
+            description="Draws how alike each face and its person were at each step of the guided sampler run.",
+            search_aliases=["similarity plot", "guidance curve", "id guidance plot"],
+            inputs=[
+                types.Guidance.Input(
+                    "guidance",
+                    tooltip="From ID-Preserving Sampling. If two samplers use that node's model, it holds what the "
+                    "later one did.",
+                ),
+                io.Latent.Input(
+                    "latent", tooltip="The sampler's result: connecting it makes the plot wait for the sampler."
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="plot", tooltip="A line for each face; goes to Preview Image."),
+                io.String.Output(display_name="report", tooltip="The same in words, with what was not as expected."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, guidance: Record, latent: dict) -> io.NodeOutput:
+        steps = guidance.similarity
+        lines = {
+            f"picture {number}": [(step + 1, values[i]) for step, values in steps.items()]
+            for i, number in enumerate(guidance.faces)
+        }
+        chart = line_chart(lines, "Similarity to the reference", "step", "similarity (cosine)", max(guidance.steps, 1))
+        report = [
+            f"{name}: {points[0][1]:.3f} at step {points[0][0]}, {points[-1][1]:.3f} at step {points[-1][0]}"
+            for name, points in lines.items()
+            if points
+        ]
+        pixels = torch.frombuffer(bytearray(chart.tobytes()), dtype=torch.uint8).view(1, chart.height, chart.width, 3)
+        return io.NodeOutput(pixels / 255, "\n".join([*guidance.notes, *(report or ["No step was guided."])]))

@@ -1,0 +1,34 @@
+"""The chart of lines: points lie where their values say."""
+
+import numpy as np
+import pytest
+
+from ridfr_core.line_chart import COLOURS, PLOT, SIZE, line_chart
+
+
+def coloured(chart, colour):
+    """(x, y) of a colour's pixels within the plot."""
+    left, top, right, bottom = PLOT
+    y, x = np.nonzero((np.asarray(chart)[top - 4 : bottom + 5, left - 4 : right + 5] == colour).all(-1))
+    return x + left - 4, y + top - 4
+
+
+def test_points_lie_at_their_values():
+    chart = line_chart({"a": [(5, 0.2), (10, 0.4)], "b": [(5, 0.3)], "none": []}, "title", "step", "similarity", 20)
+    assert chart.size == SIZE
+    left, top, right, bottom = PLOT
+    x, y = coloured(chart, COLOURS[0])
+    assert x.min() == pytest.approx(left + (right - left) * 0.25, abs=4)
+    assert x.max() == pytest.approx(left + (right - left) * 0.5, abs=4)
+    assert y.max() == pytest.approx(bottom, abs=4) and y.min() == pytest.approx(top, abs=4)  # the axis: 0.2 to 0.4
+    x, y = coloured(chart, COLOURS[1])
+    assert y.mean() == pytest.approx((top + bottom) / 2, abs=4)
+
+
+@pytest.mark.parametrize("lines", [{}, {"a": []}, {"a": [(1, 0.5)]}, {"a": [(1, float("nan")), (2, -0.31)]}])
+def test_little_to_draw(lines):
+    line_chart(lines, "", "", "", 1)
+
+
+def test_many_lines_leave_the_picture_whole():
+    line_chart({f"picture {i}": [(0, i / 64), (1, 0)] for i in range(64)}, "", "", "", 1)
