@@ -9,6 +9,7 @@ from .identity import CompareIdentity, ExtractIdentity
 from .images import ColorFix, DegradeFace, NanoPortraits
 from .loaders import LoadContentControlNet, LoadFaceModel, LoadIdentityAdapter, LoadNanoModels
 from .paths import register_folders
+from .samplers import LQStartNoise, PaperSampler, PaperSchedule
 
 
 class RIDFRExtension(ComfyExtension):
@@ -30,6 +31,9 @@ class RIDFRExtension(ComfyExtension):
             Doctor,
             IDPreservingSampling,
             GuidancePlot,
+            PaperSampler,
+            PaperSchedule,
+            LQStartNoise,
         ]
 
 
