@@ -3,9 +3,25 @@
 import argparse
 from pathlib import Path
 
+AT_SCALE = {
+    "content": "the content ControlNet, on degraded photos (RIDFR Eq. 2)",
+    "align": "Alignment Learning: finetune the content ControlNet on pairs of references (Eq. 4-6)",
+    "naive": "the same data without Alignment Learning's loss, for comparison",
+    "adapter": "the identity adapter, as IP-Adapter is trained",
+}
+
 
 def describe(parser: argparse.ArgumentParser) -> None:
     recipes = parser.add_subparsers(dest="recipe", required=True)
+    for name, summary in AT_SCALE.items():
+        stage = recipes.add_parser(name, help=summary, description=summary)
+        stage.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, such as data=PHOTOS base=SD15")
+        stage.add_argument("--config", type=Path, help="YAML file with settings")
+        stage.add_argument("--show", action="store_true", help="print the settings with what they mean, and stop")
+    portraits = recipes.add_parser("portraits", help="drawn portraits as photos, to try the others on")
+    portraits.add_argument("folder", type=Path, help="gets a folder per person")
+    portraits.add_argument("--people", type=int, default=20)
+    portraits.add_argument("--views", type=int, default=4, help="photos of each person (default: 4)")
     nano = recipes.add_parser("nano", help="the embedded models, on drawn portraits")
     nano.add_argument("stages", nargs="*", help="only these stages (default: all, in order)")
     nano.add_argument("--work", type=Path, required=True, help="folder for portraits and checkpoints")
@@ -15,6 +31,32 @@ def describe(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.recipe in AT_SCALE:
+        _at_scale(options)
+    elif options.recipe == "portraits":
+        from ..training.portrait_data import export_portraits
+
+        export_portraits(options.folder, options.people, options.views)
+    else:
+        _nano(options)
+
+
+def _at_scale(options: argparse.Namespace) -> None:
+    from ..training import settings
+
+    if options.show:
+        print((settings.RECIPES / f"{options.recipe}.yaml").read_text(encoding="utf-8"), end="")
+        return
+    try:
+        chosen = settings.read_settings(options.recipe, options.config, options.settings)
+        from ..training.run import run as train
+
+        print(f"The weights are in {train(options.recipe, chosen)}.")
+    except ValueError as error:  # TrainingError, CheckpointError, FaceModelError: one sentence
+        raise SystemExit(f"ridfr train {options.recipe}: {error}") from error
+
+
+def _nano(options: argparse.Namespace) -> None:
     from ..training import nano
 
     if unknown := set(options.stages) - {*nano.STAGES}:

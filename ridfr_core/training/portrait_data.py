@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..nano.config import PORTRAIT
@@ -52,8 +53,8 @@ class PortraitSet:
             parts = []
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
                 for rows in torch.arange(len(self)).split(CHUNK):
-                    parts.append(compute(self.batch(rows), self.landmarks[rows]).half())
-            _write(path, lambda file: np.save(file, torch.cat(parts).numpy()))
+                    parts.append(compute(self.batch(rows), self.landmarks[rows]).half().numpy())
+            _write(path, lambda file: np.save(file, np.concatenate(parts)))
         return torch.from_numpy(np.load(path))
 
 
@@ -100,3 +101,14 @@ def _write(path: Path, write: Callable) -> None:
     with partial.open("wb") as file:
         write(file)
     os.replace(partial, path)
+
+
+def export_portraits(folder: Path, people: int, views: int, split: str = "train") -> None:
+    """Drawn portraits as PNG files folder/PERSON/VIEW.png, as a data set of photos would lie."""
+    for person in range(people):
+        seeds = torch.full((views,), SPLITS[split].start + person), torch.arange(views)
+        pixels = (render(*seeds, size=PORTRAIT).image * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        place = folder / f"{person:04d}"
+        place.mkdir(parents=True, exist_ok=True)
+        for view, one in enumerate(pixels):
+            Image.fromarray(one).save(place / f"{view}.png")

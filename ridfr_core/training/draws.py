@@ -1,0 +1,69 @@
+"""What a training step is made of: photos, degraded ones, noise, references.
+
+Draw n of a run depends on the seed and n alone. So a run that goes on after an interruption, or on another number of
+processes, sees the same draws, and no state of a random number generator has to be kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..degradation import DegradationRange, degrade
+from .photos import Photos
+from .references import References
+
+TIMES = 1000  # of the noise schedule
+
+
+@dataclass(frozen=True)
+class Draws(Dataset):
+    """rows: of the photos to draw from, each once in an epoch. degradation, references: None where there are none."""
+
+    photos: Photos
+    rows: Sequence[int]
+    seed: int
+    degradation: DegradationRange | None
+    references: References | None
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        """hq, lq: [3,R,R] in [0,1]. noise: [4,R/8,R/8]; posterior: the same, for the VAE's sample. t: of 0..999.
+
+        embedding: [K,512] and clip: [K,T,D], of K references.
+        """
+        generator = self.generator(n)
+        row, size = self.row(n), self.photos.resolution // 8
+        draw = {"hq": self.photos.image(row), "noise": torch.randn(4, size, size, generator=generator),
+                "posterior": torch.randn(4, size, size, generator=generator),
+                "t": torch.randint(TIMES, (), generator=generator)}
+        if self.degradation is not None:
+            damage = self.degradation.draw(1, generator)
+            draw["lq"] = degrade(draw["hq"][None], **damage, generator=generator)[0]
+        if self.references is not None:
+            draw |= self.references.draw(row, generator)
+        return draw
+
+    def row(self, n: int) -> int:
+        epoch, place = divmod(n, len(self.rows))
+        return self.rows[order(len(self.rows), self.seed, epoch)[place]]
+
+    def generator(self, n: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + n)
+
+
+@lru_cache(maxsize=2)
+def order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def draws_of_process(steps: range, batch: int, accumulate: int, process: int, processes: int) -> Iterator[list[int]]:
+    """The parts of each step's batch that fall to one process, `accumulate` per step; together they are the batch."""
+    part = batch // (accumulate * processes)
+    for step in steps:
+        for turn in range(accumulate):
+            first = step * batch + (turn * processes + process) * part
+            yield list(range(first, first + part))

@@ -1,0 +1,103 @@
+"""The photos of a run, and what the frozen networks say of them, ready to draw from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..degradation import DegradationRange
+from ..face_model import FaceModel, load_face_model
+from ..nano import WEIGHTS
+from .clip_vision import features_of_nobody, load_tower
+from .draws import Draws
+from .photos import Photos, find_photos, some, split_people
+from .references import References, compute_features, find_faces, other_photos, strangers
+from .settings import AlignSettings, ContentSettings, IdentitySettings, TrainingError
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Material:
+    """train, validation: draws from photos that have nothing in common. people: names kept apart, if by person.
+
+    landmarks [N,5,2] of all photos and face_model: in the stages with references, else None.
+    """
+
+    photos: Photos
+    train: Draws
+    validation: Draws
+    people: list[str]
+    landmarks: Tensor | None = None
+    face_model: FaceModel | None = None
+
+
+def cache_of(settings) -> Path:
+    return Path(settings.cache) if settings.cache else Path(settings.out).parent / "cache"
+
+
+def gather(settings, device, say: Say, progress: Callable) -> Material:
+    """Find the photos, compute what is not in the cache, and keep some for validation.
+
+    say: prints what the user should know. progress: as tqdm. Raises TrainingError: see `photos` and `references`.
+    """
+    photos, skipped = find_photos(Path(settings.data), settings.resolution, cache_of(settings))
+    if skipped:
+        reasons = some(f"{name} ({reason})" for name, reason in skipped.items())
+        say(f"{len(skipped)} of {len(skipped) + len(photos)} photos are left out: {reasons}.")
+    if isinstance(settings, IdentitySettings):
+        return _with_references(settings, photos, device, say, progress)
+    return _split_photos(settings, photos, None)
+
+
+def _split_photos(settings, photos: Photos, references: References | None, **more) -> Material:
+    rows = list(range(len(photos)))
+    apart = Draws(photos, rows, settings.seed, None, None)
+    held = [apart.row(n) for n in range(min(settings.validation_images, len(rows) - 1))]
+    kept = set(held)
+    return _material(settings, photos, [r for r in rows if r not in kept], held or rows, [], references, **more)
+
+
+def _material(settings, photos, train, validation, people, references, **more) -> Material:
+    degradation = None
+    if isinstance(settings, ContentSettings | AlignSettings):
+        ranges = settings.degradation
+        degradation = DegradationRange(ranges.sigma, ranges.ratio, ranges.noise, ranges.quality)
+    draws = (Draws(photos, rows, settings.seed, degradation, references) for rows in (train, validation))
+    return Material(photos, *draws, people, **more)
+
+
+def _with_references(settings: IdentitySettings, photos: Photos, device, say: Say, progress: Callable) -> Material:
+    cache = cache_of(settings)
+    nano = WEIGHTS / "insightface" / "models" / "nano"
+    face_model = load_face_model(nano if settings.face_model == "nano" else settings.face_model)
+    tower = load_tower(settings.clip_vision)
+    seen, landmarks = find_faces(photos, face_model, cache, progress)
+    if len(seen) < len(photos):
+        faceless = some(sorted(set(photos.names) - set(seen.names)))
+        say(f"{len(photos) - len(seen)} photos are left out, for no face was found in them: {faceless}.")
+    features = compute_features(seen, landmarks, face_model, tower, settings.reference_sizes, cache, device, progress)
+    nobody = features_of_nobody(tower).cpu().float()
+    more = {"landmarks": landmarks, "face_model": face_model}
+    if not isinstance(settings, AlignSettings):
+        itself = {row: [row] for row in range(len(seen))}
+        return _split_photos(settings, seen, References(features, itself, 1, settings.drop, nobody), **more)
+    _check_people(seen, features.embeddings(max(settings.reference_sizes)), say)
+    people = seen.people
+    train, apart = split_people(people, settings.validation_people, settings.seed)
+    rows = [[row for person in names for row in people[person]] for names in (train, apart or train)]
+    references = References(features, other_photos(people), 2, settings.drop, nobody)
+    return _material(settings, seen, *rows, apart, references, **more)
+
+
+def _check_people(photos: Photos, embeddings: Tensor, say: Say) -> None:
+    if set(photos.people) == {""}:
+        raise TrainingError(f"The photos lie in '{photos.folder}' itself, but this stage must know who is who: put "
+                            "each person's photos into a folder of their own.")
+    if doubtful := strangers(photos, embeddings):
+        named = some(f"{name} ({value:.2f})" for name, value in doubtful)
+        say(f"Warning: {len(doubtful)} photos look like another person than the rest of their folder (mean cosine "
+            f"similarity): {named}.")
+    if single := [person for person, rows in photos.people.items() if len(rows) == 1]:
+        say(f"{len(single)} people have one photo only ({some(single)}): it is both references, at different sizes.")

@@ -1,0 +1,163 @@
+"""`ridfr train content | align | naive | adapter`: from settings to a weight file that ComfyUI's nodes open."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+
+from ..adapter import IdentityAdapter, lora_of
+from ..checkpoints import expect, read
+from ..content import PREFIX, ContentSpec, controlnet_to_ldm
+from ..nano import WEIGHTS
+from .base import Base, load_base
+from .files import write_whole
+from .material import Material, gather
+from .networks import build_adapter, build_content, from_ldm, let_identity_in, merge_lora
+from .settings import AlignSettings, ContentSettings, Settings, TrainingError, as_yaml, changed
+from .stages import AdapterStage, AlignStage, ContentStage, Frozen
+from .trainer import Trainer, accelerator_for
+from .validation import Validation
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LQ_CHANNELS = {"pixel": 3, "latent": 4}
+
+
+def run(name: str, settings: Settings) -> Path:
+    """Train the stage called `name`, or go on where `settings.out` was left; returns the path of the weights.
+
+    Raises TrainingError, CheckpointError, FaceModelError: one sentence a user can act on.
+    """
+    from tqdm import tqdm
+
+    accelerator = accelerator_for(settings)
+    with accelerator.main_process_first():  # the others find everything in the cache
+        material = gather(settings, accelerator.device, accelerator.print,
+                          lambda batches, **kwargs: tqdm(batches, disable=not accelerator.is_main_process, **kwargs))
+        _same_run(name, settings, material)
+    accelerator.print(f"{len(material.train.rows)} photos to train on, {len(material.validation.rows)} for validation.")
+    torch.manual_seed(settings.seed)  # of the weights of a new adapter
+    base = load_base(settings.base)
+    stage = build_stage(settings, base, clip_dim=_clip_dim(material), device=accelerator.device)
+    accelerator.init_trackers("tensorboard")
+    validation = Validation(accelerator, stage, stage.frozen, material, settings)
+    Trainer(accelerator, stage, material.train, settings, validation).train()
+    accelerator.end_training()
+    path = Path(settings.out) / f"{'adapter' if isinstance(stage, AdapterStage) else 'content'}.safetensors"
+    if accelerator.is_main_process:
+        export(stage, path, _history(name, settings, material))
+    return path
+
+
+def build_stage(settings: Settings, base: Base, clip_dim: int | None, device: torch.device | str) -> nn.Module:
+    """The stage of these settings with its trained network in fp32 and all others frozen in the run's precision.
+
+    clip_dim: width of the CLIP features, for a new adapter.
+    """
+    dtype, adapter, spec = DTYPES[settings.precision], None, None
+    if isinstance(settings, ContentSettings):
+        spec = ContentSpec(settings.value_range, settings.kernel, base=base.name, kind=settings.kind)
+        content = build_content(base.unet, LQ_CHANNELS[spec.kind])
+    elif isinstance(settings, AlignSettings):
+        content, spec = load_content(settings.content, base)
+        adapter, lora = load_adapter(settings.adapter)
+        merge_lora(base.unet, lora, settings.lora)
+    elif settings.adapter is not None:
+        adapter, _ = load_adapter(settings.adapter)
+    else:
+        adapter = build_adapter(base.unet, dim=base.unet.config.cross_attention_dim, clip_dim=clip_dim)
+    if not isinstance(settings, ContentSettings):
+        let_identity_in(base.unet)
+    base = base.to(device, dtype)
+    if settings.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    if spec is None:
+        return AdapterStage(Frozen(base, shortcut=settings.shortcut), adapter.train())
+    if settings.gradient_checkpointing:
+        content.enable_gradient_checkpointing()
+    if adapter is None:
+        return ContentStage(Frozen(base, spec), content.train())
+    adapter = adapter.requires_grad_(False).eval().to(device, dtype)
+    return AlignStage(Frozen(base, spec, adapter, settings.shortcut), content.train(), settings.strength)
+
+
+def load_content(where: str, base: Base) -> tuple[nn.Module, ContentSpec]:
+    """A content ControlNet as diffusers has it, and how it takes the LQ face; `where`: a file, or "nano".
+
+    Raises CheckpointError: not a content ControlNet, or one of another base.
+    """
+    path = WEIGHTS / "content_controlnet.safetensors" if where == "nano" else Path(where)
+    state, metadata = read(path)
+    spec = ContentSpec.from_metadata(metadata)
+    if spec.kind == "pixel":
+        expect(state, "content-controlnet", path.name)
+    if spec.base != base.name:
+        raise TrainingError(f"'{path.name}' is made for {spec.base}, but the base is {base.name}: use one made for it.")
+    content = build_content(base.unet, LQ_CHANNELS[spec.kind])
+    content.load_state_dict(from_ldm(content, controlnet_to_ldm, controlnet_to_ldm(state)))
+    return content, spec
+
+
+def load_adapter(where: str) -> tuple[IdentityAdapter, dict]:
+    """An identity adapter in fp32, and the LoRA in its file; `where`: a file, or "nano"."""
+    path = WEIGHTS / "identity_adapter.safetensors" if where == "nano" else Path(where)
+    state, _ = read(path)
+    expect(state, "identity-adapter", path.name)
+    return IdentityAdapter.from_state_dict({k: v.float() for k, v in state.items()}, name=path.name), lora_of(state)
+
+
+def export(stage: nn.Module, path: Path, history: dict[str, str]) -> None:
+    """The trained network in half precision, in the layout that Load Content ControlNet or Load Identity Adapter opens.
+
+    history: more metadata, `ridfr.*`.
+    """
+    if isinstance(stage, AdapterStage):
+        tensors, metadata = stage.adapter.state_dict(), history
+    else:
+        tensors = controlnet_to_ldm(stage.content.state_dict())
+        metadata = history | stage.frozen.spec.to_metadata()
+    tensors = {key: tensor.detach().half().contiguous().cpu() for key, tensor in tensors.items()}
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata))
+
+
+def _history(name: str, settings: Settings, material: Material) -> dict[str, str]:
+    """Where weights come from: what is needed to make them again."""
+    history = {"stage": name, "data": material.photos.digest, "photos": len(material.train.rows)}
+    kept = ("steps", "batch", "lr", "schedule", "ema", "seed", "resolution")
+    history |= {key: getattr(settings, key) for key in kept}
+    if isinstance(settings, AlignSettings):
+        history |= {"lambda": settings.strength, "recogniser": material.face_model.digest}
+        for key in ("content", "adapter"):
+            path = Path(getattr(settings, key))
+            history[f"{key}_file"] = _sha256(path) if path.is_file() else str(path)
+    return {PREFIX + key: str(value) for key, value in history.items()}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _clip_dim(material: Material) -> int | None:
+    references = material.train.references
+    return None if references is None else references.nobody.shape[-1]
+
+
+def _same_run(name: str, settings: Settings, material: Material) -> None:
+    """Keep the settings in `out`, and refuse to go on there with others, or with other photos."""
+    path = Path(settings.out) / "settings.yaml"
+    now = {"stage": name, "photos": material.photos.digest}
+    if path.exists():
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        different = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+        different += changed(settings, before)
+        if different:
+            raise TrainingError(f"'{settings.out}' holds a run with other settings ({'; '.join(different)}): use the "
+                                "same ones to go on with it, or another out.")
+        return
+    text = yaml.safe_dump(now | as_yaml(settings), sort_keys=False)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    if material.people:
+        listing = yaml.safe_dump({"validation_people": material.people})
+        write_whole(path.with_name("split.yaml"), lambda partial: partial.write_text(listing, encoding="utf-8"))
