@@ -2,13 +2,17 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .adaptive_strength import AdaptiveStrength
 from .apply_identity import ApplyIdentity
 from .doctor import Doctor
 from .guidance import GuidancePlot, IDPreservingSampling
 from .identity import CompareIdentity, ExtractIdentity
+from .identity_files import LoadIdentity, SaveIdentity
 from .images import ColorFix, DegradeFace, NanoPortraits
 from .loaders import LoadContentControlNet, LoadFaceModel, LoadIdentityAdapter, LoadNanoModels
+from .metrics import IdentityVariance, ImageQuality
 from .paths import register_folders
+from .references import CombineReferences, JoinIdentities
 from .samplers import LQStartNoise, PaperSampler, PaperSchedule
 
 
@@ -24,6 +28,11 @@ class RIDFRExtension(ComfyExtension):
             LoadContentControlNet,
             ExtractIdentity,
             ApplyIdentity,
+            JoinIdentities,
+            CombineReferences,
+            SaveIdentity,
+            LoadIdentity,
+            AdaptiveStrength,
             CompareIdentity,
             DegradeFace,
             ColorFix,
@@ -34,6 +43,8 @@ class RIDFRExtension(ComfyExtension):
             PaperSampler,
             PaperSchedule,
             LQStartNoise,
+            ImageQuality,
+            IdentityVariance,
         ]
 
 

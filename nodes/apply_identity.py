@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..ridfr_core.identity import Identity, check_weights, each_alone
 from . import types
+from .adapter_lora import with_lora
 from .id_attention import IdentityAttention, Region, cross_attention_widths, install
 from .managed import ManagedAdapter, loaded
 
@@ -67,6 +68,18 @@ class ApplyIdentity(io.ComfyNode):
                     display_name="look of the photo",
                     tooltip="For PlusV2 adapters: how much of the photo's look (hair, age, light) comes along besides "
                     "the face itself. 1 is as trained.",
+                    advanced=True,
+                ),
+                io.Float.Input(
+                    "lora_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    optional=True,
+                    display_name="LoRA strength",
+                    tooltip="How much of the adapter's LoRA is mixed into the model, if it has one: 1 is as trained, 0 "
+                    "leaves it out. A LoRA acts everywhere and all the time, whatever mask, start and end say.",
                 ),
                 *block_strengths(),
                 io.Combo.Input(
@@ -104,6 +117,7 @@ class ApplyIdentity(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         s_scale: float = 1.0,
+        lora_strength: float = 1.0,
         down: float = 1.0,
         middle: float = 1.0,
         up: float = 1.0,
@@ -123,6 +137,7 @@ class ApplyIdentity(io.ComfyNode):
         if (start_percent, end_percent) != (0.0, 1.0):
             sampling = model.get_model_object("model_sampling")
             sigmas = sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)
+        model = with_lora(model, adapter, lora_strength)
         for one, region in regions(identity, people, mask):
             tokens, bias = identity_tokens(adapter, one, s_scale)
             layers = zip(adapter.adapter.layers, adapter.adapter.keys_values(tokens), strict=True)
@@ -152,6 +167,7 @@ def block_strengths() -> list[io.Float.Input]:
             optional=True,
             display_name=f"strength, {name}",
             tooltip=f"Multiplies the strength {where}. Leave 1 unless you want to experiment.",
+            advanced=True,
         )
         for name, where in told.items()
     ]
@@ -166,15 +182,25 @@ def check_fit(model, adapter: ManagedAdapter, identity: Identity) -> None:
             f"The adapter {adapter.name} is {family(expected)} but the model is {family(widths)}: load an "
             "adapter made for this model."
         )
-    needed = adapter.adapter.image_proj.perceiver_resampler.proj_in.in_features
-    width = identity.people[0].clip.shape[-1]
+    if adapter.adapter.needs_clip:
+        check_clip(adapter, identity)
+    for number, person in enumerate(identity.people, start=1):
+        check_weights(person.weights, f"person {number}")
+
+
+def check_clip(adapter: ManagedAdapter, identity: Identity) -> None:
+    needed = adapter.adapter.clip_dim
+    if identity.clip_uncond is None:
+        raise ValueError(
+            f"The adapter {adapter.name} needs CLIP features but the identity has none: connect a CLIP vision model of "
+            f"width {needed} to Extract Identity."
+        )
+    width = identity.clip_uncond.shape[-1]
     if width != needed:
         raise ValueError(
             f"The adapter {adapter.name} needs a CLIP vision model of width {needed} but the identity was "
             f"extracted with one of width {width}: extract it with the other."
         )
-    for number, person in enumerate(identity.people, start=1):
-        check_weights(person.weights, f"person {number}")
 
 
 def family(widths: dict) -> str:
@@ -206,9 +232,11 @@ def identity_tokens(adapter: ManagedAdapter, identity: Identity, s_scale: float)
     """
     device = loaded(adapter.patcher)
     photos = [len(person.embeddings) for person in identity.people]
-    embeddings = torch.cat([person.embeddings for person in identity.people] + [torch.zeros(1, 512)])
-    clip = torch.cat([person.clip for person in identity.people] + [identity.clip_uncond[None]])
-    tokens = adapter.adapter.tokens(embeddings.to(device), clip.to(device), adapter.shortcut, s_scale)
+    embeddings = torch.cat([person.embeddings for person in identity.people] + [torch.zeros(1, 512)]).to(device)
+    clip = None
+    if adapter.adapter.needs_clip:
+        clip = torch.cat([person.clip for person in identity.people] + [identity.clip_uncond[None]]).to(device)
+    tokens = adapter.adapter.tokens(embeddings, clip, adapter.shortcut, s_scale)
     *people, no_one = tokens.split([*photos, 1])
     rows = [part.flatten(0, 1) for part in (*people, no_one.expand(max(photos), -1, -1))]
     weights = [person.weights / person.weights.max() for person in identity.people] + [torch.ones(max(photos))]

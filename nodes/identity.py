@@ -15,6 +15,7 @@ from ..ridfr_core.identity import (
     check_weights,
     describe,
     height_of,
+    one_photo_each,
     parse_weights,
     reference_faces,
 )
@@ -40,8 +41,9 @@ class ExtractIdentity(io.ComfyNode):
                 types.FaceModel.Input("face_model", tooltip="From Load Face Model; buffalo_l for FaceID adapters."),
                 io.ClipVision.Input(
                     "clip_vision",
-                    tooltip="The image encoder that the adapter was made for: ViT-H for "
-                    "FaceID Plus and PlusV2, or the one of the nano models.",
+                    optional=True,
+                    tooltip="The image encoder that the adapter was made for: ViT-H for FaceID Plus and PlusV2, or the "
+                    "one of the nano models. Plain FaceID adapters need none.",
                 ),
                 io.Image.Input(
                     "images",
@@ -77,7 +79,7 @@ class ExtractIdentity(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, face_model: ManagedFaceModel, clip_vision, images: Tensor, batch: str, weights: str = ""
+        cls, face_model: ManagedFaceModel, images: Tensor, batch: str, clip_vision=None, weights: str = ""
     ) -> io.NodeOutput:
         photos = to_photos(images, "reference image")
         counts = parse_weights(weights, len(photos))
@@ -86,18 +88,13 @@ class ExtractIdentity(io.ComfyNode):
         crops, large = align(photos, landmarks, 112), align(photos, landmarks, 224)
         features = face_model.features(crops)
         quality = qualities(faces, features, large)
-        clip = clip_vision.encode_image(to_comfy(large))["penultimate_hidden_states"].float()
-        embeddings = F.normalize(features, dim=-1)
-        if batch == ONE_PERSON:
-            check_weights(counts, "this person")
-            people = (Person(embeddings, clip, counts, quality),)
-        else:
-            people = tuple(
-                Person(embeddings[[i]], clip[[i]], torch.ones(1), quality[i : i + 1]) for i in range(len(photos))
-            )
+        person = Person(F.normalize(features, dim=-1), clip_states(clip_vision, large), counts, quality)
+        check_weights(counts, "this person")
         recogniser = face_model.model
-        identity = Identity(people, zero_image_states(clip_vision), recogniser.digest, crops, recogniser.name)
-        report = report_of(identity)
+        identity = Identity((person,), zero_image_states(clip_vision), recogniser.digest, crops, recogniser.name)
+        if batch == MANY_PEOPLE:
+            identity = one_photo_each(identity)
+        report = describe(identity)
         PromptServer.instance.send_progress_text(report, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(identity, report)
 
@@ -110,19 +107,17 @@ def qualities(faces: list[Face], features: Tensor, crops: Tensor) -> tuple[Quali
     )
 
 
-def report_of(identity: Identity) -> str:
-    """A line for each photo, under a line for each person where there are several."""
-    if len(identity.people) == 1:
-        return "\n".join(describe(identity.people[0]))
-    return "\n".join(
-        line
-        for number, person in enumerate(identity.people, start=1)
-        for line in (f"person {number}", *(f"  {line}" for line in describe(person)))
-    )
+def clip_states(clip_vision: comfy.clip_vision.ClipVisionModel | None, crops: Tensor) -> Tensor | None:
+    """CLIP's penultimate hidden states [B,T,D] of aligned crops [B,3,224,224], or None without a CLIP."""
+    if clip_vision is None:
+        return None
+    return clip_vision.encode_image(to_comfy(crops))["penultimate_hidden_states"].float()
 
 
-def zero_image_states(clip_vision: comfy.clip_vision.ClipVisionModel) -> Tensor:
+def zero_image_states(clip_vision: comfy.clip_vision.ClipVisionModel | None) -> Tensor | None:
     """CLIP's penultimate hidden states [T,D] of zeros *after* normalisation: the unconditional image of IP-Adapter."""
+    if clip_vision is None:
+        return None
     pixels = torch.zeros(1, 3, clip_vision.image_size, clip_vision.image_size, device=loaded(clip_vision.patcher))
     return clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1][0].float().cpu()
 

@@ -8,11 +8,15 @@ from ..ridfr_core.nano import WEIGHTS
 
 NANO = "nano"
 NANO_FILES = {"ipadapter": "identity_adapter.safetensors", "controlnet": "content_controlnet.safetensors"}
-EXTENSIONS = {"insightface": {".onnx"}, "ipadapter": set(folder_paths.supported_pt_extensions)}
+EXTENSIONS = {
+    "insightface": {".onnx"},
+    "ipadapter": set(folder_paths.supported_pt_extensions),
+    "identities": {".safetensors"},
+}
 
 
 def register_folders() -> None:
-    """Make models/insightface and models/ipadapter known, beside what extra_model_paths or another pack has set."""
+    """Make the folders models/NAME of EXTENSIONS known, beside what extra_model_paths or another pack has set."""
     for name, extensions in EXTENSIONS.items():
         new = name not in folder_paths.folder_names_and_paths
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))

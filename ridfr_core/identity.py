@@ -131,6 +131,22 @@ def check_recogniser(identity: Identity, name: str, digest: str, what: str = "Th
         )
 
 
+def one_photo_each(identity: Identity) -> Identity:
+    """Every photo of an identity as a person of its own; weights, which compare a person's photos, become 1."""
+    people = tuple(_only(person, photo) for person in identity.people for photo in range(len(person.embeddings)))
+    return replace(identity, people=people)
+
+
+def _only(person: Person, photo: int) -> Person:
+    """A person with one of the photos, which then counts fully."""
+    return Person(
+        person.embeddings[[photo]],
+        None if person.clip is None else person.clip[[photo]],
+        torch.ones(1),
+        person.quality[photo : photo + 1],
+    )
+
+
 def each_alone(identity: Identity) -> list[Identity]:
     """The people of an identity, each as an identity of one."""
     return [
@@ -218,15 +234,7 @@ def best_match(identity: Identity, probes: Sequence[Tensor | None]) -> tuple[Ide
     the reference that is most similar to it), or None for the person's mean.
     """
     chosen = [best_photo(person, probe) for person, probe in zip(identity.people, probes, strict=True)]
-    people = tuple(
-        Person(
-            person.embeddings[[i]],
-            None if person.clip is None else person.clip[[i]],
-            torch.ones(1),
-            person.quality[i : i + 1],
-        )
-        for person, i in zip(identity.people, chosen)
-    )
+    people = tuple(_only(person, i) for person, i in zip(identity.people, chosen))
     thumbnails = torch.stack([crops[i] for crops, i in zip(identity.crops(), chosen)])
     return replace(identity, people=people, thumbnails=thumbnails), chosen
 
@@ -237,8 +245,19 @@ def best_photo(person: Person, probe: Tensor | None = None) -> int:
     return int((person.weights * (1 + person.embeddings @ probe) / 2).argmax())
 
 
-def describe(person: Person) -> list[str]:
-    """A line for each photo: its weight, its similarity to the person's mean, its quality where that is known."""
+def describe(identity: Identity) -> str:
+    """A line for each photo, under a line for each person where there are several."""
+    if len(identity.people) == 1:
+        return "\n".join(_describe_photos(identity.people[0]))
+    return "\n".join(
+        line
+        for number, person in enumerate(identity.people, start=1)
+        for line in (f"person {number}", *(f"  {line}" for line in _describe_photos(person)))
+    )
+
+
+def _describe_photos(person: Person) -> list[str]:
+    """Weight of each photo, its similarity to the person's mean, its quality where that is known."""
     similarity = (person.embeddings @ mean_embedding(person)).tolist()
     lines = [
         f"photo {number}: weight {weight:g}, {cosine:.2f} like the mean of all"

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.usefixtures("inference_mode")
 @pytest.mark.parametrize("batch, people", [("all photos show one person", 1), ("each photo is another person", 3)])
 def test_extract_identity(nodes, nano, face_model, pack, batch, people):
     photos = nodes["RIDFR_NanoPortraits"].execute(0, 3, 5)[0]
-    identity = nodes["RIDFR_ExtractIdentity"].execute(face_model, nano.vision, photos, batch)[0]
+    identity = nodes["RIDFR_ExtractIdentity"].execute(face_model, photos, batch, nano.vision)[0]
     assert len(identity.people) == people and identity.digest == face_model.model.digest
     embeddings = torch.cat([person.embeddings for person in identity.people])
     clip = torch.cat([person.clip for person in identity.people])
