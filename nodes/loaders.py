@@ -5,12 +5,14 @@ from comfy_api.latest import io
 
 from ..ridfr_core import checkpoints
 from ..ridfr_core.adapter import IdentityAdapter
-from ..ridfr_core.content import ContentSpec, controlnet_to_ldm
+from ..ridfr_core.content import CHOICES, understand
 from ..ridfr_core.face_model import load_face_model
 from . import nano, paths, types
 from .adapter_lora import find_lora
 from .content_control import content_control
 from .managed import ManagedAdapter, ManagedFaceModel, managed
+
+AUTO = "auto"
 
 
 class LoadNanoModels(io.ComfyNode):
@@ -96,8 +98,8 @@ class LoadIdentityAdapter(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "version",
-                    options=["auto", "plus v2", "plus"],
-                    default="auto",
+                    options=[AUTO, "plus v2", "plus"],
+                    default=AUTO,
                     tooltip="FaceID Plus and PlusV2 files look alike inside. 'auto' goes by the file's name "
                     "and takes PlusV2 in doubt; choose one if you know better.",
                 ),
@@ -111,10 +113,8 @@ class LoadIdentityAdapter(io.ComfyNode):
         state, _ = checkpoints.read(path)
         checkpoints.expect(state, "identity-adapter", path.name)
         adapter = IdentityAdapter.from_state_dict(state, comfy.ops.manual_cast, path.name)
-        plus_v1 = version == "plus" or version == "auto" and "faceid-plus_" in path.name.lower()
-        return io.NodeOutput(
-            ManagedAdapter(path.name, adapter, not plus_v1, managed(adapter), find_lora(path, state))
-        )
+        plus_v1 = version == "plus" or version == AUTO and "faceid-plus_" in path.name.lower()
+        return io.NodeOutput(ManagedAdapter(path.name, adapter, not plus_v1, managed(adapter), find_lora(path, state)))
 
 
 class LoadContentControlNet(io.ComfyNode):
@@ -124,17 +124,36 @@ class LoadContentControlNet(io.ComfyNode):
             node_id="RIDFR_LoadContentControlNet",
             display_name="Load Content ControlNet",
             category=types.CATEGORY,
-            description="Loads the ControlNet that keeps pose, expression and light of the degraded face. Apply it "
-            "with the stock 'Apply ControlNet' node; its image is the degraded face itself.",
-            search_aliases=["ridfr controlnet", "restoration controlnet", "lq controlnet", "face restore"],
+            description="Loads the ControlNet that keeps pose, expression and light of the degraded face: RIDFR's, "
+            "DiffBIR's (version 1) or FaceMe's. Apply it with the stock 'Apply ControlNet' node; its image is the "
+            "degraded face itself. One that reads latents, such as DiffBIR's, needs the VAE there, too.",
+            search_aliases=["ridfr controlnet", "diffbir", "faceme", "lq controlnet", "face restore"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=paths.model_files("controlnet"),
                     default=paths.NANO,
                     display_name="ControlNet file",
-                    tooltip="A content ControlNet in models/controlnet (7 input channels). Others, such as "
-                    "canny or depth, are loaded by the stock loader. 'nano' goes with the nano models.",
+                    tooltip="A content ControlNet in models/controlnet. Others, such as canny or depth, are loaded by "
+                    "the stock loader. 'nano' goes with the nano models.",
+                ),
+                spec_input(
+                    "value_range",
+                    "value range",
+                    "The numbers for black and white that the ControlNet was trained with. 'auto' takes what the file "
+                    "says, else -1..1. FaceMe's file says nothing: choose -1..1 for it.",
+                ),
+                spec_input(
+                    "kernel",
+                    "resizing",
+                    "How the degraded face is resized for the ControlNet. 'auto' takes what the file says, else "
+                    "bicubic.",
+                ),
+                spec_input(
+                    "order",
+                    "order",
+                    "What comes first in the ControlNet's input: the noisy picture (z) or the degraded face (lq). "
+                    "'auto' takes what the file says, else z first.",
                 ),
             ],
             outputs=[
@@ -143,8 +162,15 @@ class LoadContentControlNet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
+    def execute(cls, file: str, value_range: str = AUTO, kernel: str = AUTO, order: str = AUTO) -> io.NodeOutput:
         path = paths.model_file("controlnet", file)
         state, metadata = checkpoints.read(path)
-        checkpoints.expect(state, "content-controlnet", path.name)
-        return io.NodeOutput(content_control(controlnet_to_ldm(state), ContentSpec.from_metadata(metadata)))
+        chosen = {"value_range": value_range, "kernel": kernel, "order": order}
+        chosen = {name: value for name, value in chosen.items() if value != AUTO}
+        return io.NodeOutput(content_control(*understand(state, metadata, path.name, chosen), path.name))
+
+
+def spec_input(name: str, label: str, tooltip: str) -> io.Combo.Input:
+    """A choice that a content ControlNet's file leaves open."""
+    options = [AUTO, *CHOICES[name]]
+    return io.Combo.Input(name, options=options, default=AUTO, optional=True, display_name=label, tooltip=tooltip)

@@ -12,7 +12,7 @@ from torch import Tensor
 KINDS = {
     "identity-adapter": "an identity adapter (IP-Adapter FaceID, FaceID-Plus, FaceID-PlusV2 or plus-face)",
     "ip-adapter": "an IP-Adapter of another sort than FaceID, FaceID-Plus, FaceID-PlusV2 or plus-face",
-    "content-controlnet": "a RIDFR content ControlNet (7 input channels, no hint encoder)",
+    "content-controlnet": "a content ControlNet (7 or 8 input channels, no hint encoder)",
     "controlnet": "an ordinary ControlNet (for the node Load ControlNet Model)",
     "sd-checkpoint": "a Stable Diffusion checkpoint (for the node Load Checkpoint)",
     "lora": "a LoRA (for the node Load LoRA)",
@@ -20,7 +20,8 @@ KINDS = {
 }
 SOURCES = {
     "identity-adapter": "get ip-adapter-faceid-plusv2_sd15.bin of h94/IP-Adapter-FaceID on Hugging Face, or use nano",
-    "content-controlnet": "the paper's authors have published none, so train one, or use nano",
+    "content-controlnet": "RIDFR's authors have published none, so train one, or use DiffBIR's v1_face.pth of "
+    "lxq007/DiffBIR-v2 on Hugging Face (for SD2.1), or nano",
 }
 
 
@@ -99,7 +100,7 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
         return "identity-adapter" if known else "ip-adapter"
     if has("zero_convs.0.0.", "controlnet_down_blocks.0."):
         hint = has("input_hint_block.", "controlnet_cond_embedding.")
-        return "controlnet" if hint or _controlnet_channels(state_dict) != 7 else "content-controlnet"
+        return "controlnet" if hint or _controlnet_channels(state_dict) not in (7, 8) else "content-controlnet"
     if has("model.diffusion_model."):
         return "sd-checkpoint"
     if has("lora_down.", "lora.down.", "lora_A.", "_lora.down."):

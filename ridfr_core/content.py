@@ -1,4 +1,8 @@
-"""Content injection (RIDFR section 3.2): the LQ image joins the noisy latent as pixels, in a 7-channel ControlNet."""
+"""Content injection: how an LQ image enters a ControlNet.
+
+RIDFR (section 3.2) joins the LQ image to the noisy latent, as pixels at latent size (7 input channels); its ablation
+and DiffBIR join the LQ image's latent (8). FaceMe has ControlNet's own hint encoder and hints in [-1,1].
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -7,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, expect, kind_of, lacks
 from .layouts import replace_prefix, unet_to_ldm
 
 PREFIX = "ridfr."
@@ -15,9 +19,12 @@ CHOICES = {
     "value_range": ("-1..1", "0..1"),
     "kernel": ("bicubic", "bilinear", "area", "nearest-exact"),
     "order": ("z,lq", "lq,z"),
-    "base": ("sd15", "nano"),
-    "kind": ("pixel",),
+    "base": ("sd15", "sd21", "sdxl", "nano"),
+    "kind": ("pixel", "latent", "hint"),
 }
+KINDS = {4: "hint", 7: "pixel", 8: "latent"}  # by input channels
+CONV_IN = "input_blocks.0.0.weight"
+TRUNK = "control_model."  # what DiffBIR and others call the ControlNet within a bigger checkpoint
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class ContentSpec:
 
     The paper gives the 64x64 bicubic size and z before LQ; it does not give the value range.
     `kernel` is a mode of torch's `interpolate` without antialiasing, as ComfyUI's upscale algorithm of that name.
+    `kind`: the LQ image as pixels or as a latent beside z, or through ControlNet's hint encoder.
     """
 
     value_range: str = "-1..1"
@@ -45,8 +53,7 @@ class ContentSpec:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None) -> "ContentSpec":
         """Read from safetensors metadata; what is not said there keeps its default. Raises CheckpointError."""
-        metadata = metadata or {}
-        return cls(**{f.name: metadata[PREFIX + f.name] for f in fields(cls) if PREFIX + f.name in metadata})
+        return cls(**_said(metadata))
 
     def to_metadata(self) -> dict[str, str]:
         return {PREFIX + name: value for name, value in asdict(self).items()}
@@ -56,8 +63,51 @@ class ContentSpec:
         return image * 2 - 1 if self.value_range == "-1..1" else image
 
     def concat(self, z: Tensor, lq: Tensor) -> Tensor:
-        """Noisy latent [B,4,h,w] and prepared LQ [B,3,h,w] -> network input [B,7,h,w]."""
+        """Noisy latent [B,4,h,w] and prepared LQ [B,3 or 4,h,w] -> network input [B,7 or 8,h,w]."""
         return torch.cat((z, lq) if self.order == "z,lq" else (lq, z), dim=1)
+
+
+def _said(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    names = (field.name for field in fields(ContentSpec))
+    return {name: metadata[PREFIX + name] for name in names if PREFIX + name in (metadata or {})}
+
+
+def understand(
+    state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], name: str, choices: Mapping[str, str] | None = None
+) -> tuple[dict[str, Tensor], ContentSpec]:
+    """What a content ControlNet's file holds: its tensors under ldm keys, and how it wants its LQ image.
+
+    choices: fields of the ContentSpec that the user sets; else the metadata says them, else the tensors tell kind and
+    base, and the rest has its default. name: of the file, for errors.
+    A ControlNet with a hint encoder looks like any other, canny or depth, so it counts only if metadata or choices say
+    the value range. Raises CheckpointError: the file holds something else, or its metadata belongs to another kind.
+    """
+    choices, said = choices or {}, _said(metadata)
+    if kind_of(state_dict) != "controlnet":
+        expect(state_dict, "content-controlnet", name)
+    elif "value_range" not in {**said, **choices}:
+        raise CheckpointError(
+            f"'{name}' holds an ordinary ControlNet (for the node Load ControlNet Model), but this needs one that was "
+            "trained on degraded faces: if it is one, such as FaceMe's, set the value range here to -1..1."
+        )
+    state = controlnet_to_ldm(state_dict)
+    if CONV_IN not in state:
+        raise lacks([CONV_IN], "content-controlnet", name)
+    kind = KINDS.get(state[CONV_IN].shape[1])
+    if said.get("kind", kind) != kind:
+        raise CheckpointError(
+            f"'{name}' has {state[CONV_IN].shape[1]} input channels, but its metadata says {PREFIX}kind = "
+            f"'{said['kind']}': it was put together wrongly, so get it again from whoever made it."
+        )
+    return state, ContentSpec(**{"base": _base_of(state), "kind": kind} | said | dict(choices))
+
+
+def _base_of(state: Mapping[str, Tensor]) -> str:
+    """SDXL reads a second, pooled prompt; SD2.1 projects with linear layers; SD1.5 with 1x1 convolutions."""
+    if "label_emb.0.0.weight" in state:
+        return "sdxl"
+    linear = any(key.endswith(".1.proj_in.weight") and weight.ndim == 2 for key, weight in state.items())
+    return "sd21" if linear else "sd15"
 
 
 def prepare_lq(image: Tensor, size: tuple[int, int], spec: ContentSpec) -> Tensor:
@@ -66,15 +116,24 @@ def prepare_lq(image: Tensor, size: tuple[int, int], spec: ContentSpec) -> Tenso
 
 
 def controlnet_to_ldm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers ControlNetModel without its hint encoder -> ldm ControlNet keys; any width and number of levels.
+    """diffusers ControlNetModel -> ldm ControlNet keys; any width and number of levels.
 
-    Keys that are in the ldm layout already only lose the prefix `control_model.`, which some files have.
+    Keys that are in the ldm layout already stay. Of a bigger checkpoint only `control_model.` is taken, without that
+    prefix.
     """
+    if any(key.startswith(TRUNK) for key in state_dict):
+        state_dict = {k.removeprefix(TRUNK): weight for k, weight in state_dict.items() if k.startswith(TRUNK)}
+    hints = len({key.split(".")[2] for key in state_dict if key.startswith("controlnet_cond_embedding.blocks.")})
+    table = {
+        "controlnet_mid_block": "middle_block_out.0",
+        "controlnet_cond_embedding.conv_in": "input_hint_block.0",
+        "controlnet_cond_embedding.conv_out": f"input_hint_block.{2 * hints + 2}",
+        **{f"controlnet_cond_embedding.blocks.{i}": f"input_hint_block.{2 * i + 2}" for i in range(hints)},
+    }
     out = {}
     for key, weight in unet_to_ldm(state_dict).items():
-        key = key.removeprefix("control_model.")
         if key.startswith("controlnet_down_blocks."):
             _, i, parameter = key.split(".")
             key = f"zero_convs.{i}.0.{parameter}"
-        out[replace_prefix(key, {"controlnet_mid_block": "middle_block_out.0"})] = weight
+        out[replace_prefix(key, table)] = weight
     return out

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ridfr_core.checkpoints import CheckpointError
-from ridfr_core.content import ContentSpec, controlnet_to_ldm, prepare_lq
+from ridfr_core.content import ContentSpec, controlnet_to_ldm, prepare_lq, understand
 
 
 def test_spec_survives_its_metadata():
@@ -49,14 +49,105 @@ def test_controlnet_keys_are_those_of_the_ldm_layout():
     from diffusers import ControlNetModel
 
     with torch.device("meta"):
-        net = ControlNetModel(in_channels=7, block_out_channels=(32, 64, 64), down_block_types=(
-            "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=32)
+        net = ControlNetModel(
+            in_channels=7,
+            block_out_channels=(32, 64, 64),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            cross_attention_dim=32,
+        )
         net.controlnet_cond_embedding = torch.nn.Identity()
     converted = controlnet_to_ldm(net.state_dict())
     assert converted["input_blocks.0.0.weight"].shape == (32, 7, 3, 3)
     assert {key.split(".")[0] for key in converted} == {
-        "input_blocks", "middle_block", "middle_block_out", "time_embed", "zero_convs"
+        "input_blocks",
+        "middle_block",
+        "middle_block_out",
+        "time_embed",
+        "zero_convs",
     }
     assert {int(key.split(".")[1]) for key in converted if key.startswith("zero_convs.")} == set(range(9))
     prefixed = {f"control_model.{key}": weight for key, weight in converted.items()}
     assert controlnet_to_ldm(prefixed).keys() == converted.keys()
+
+
+def file(channels=4, hint=False, linear=False, pooled=False, prefix=""):
+    """The tensors by which a ControlNet is told, in ldm keys."""
+    shapes = {
+        "input_blocks.0.0.weight": (32, channels, 3, 3),
+        "input_blocks.1.1.proj_in.weight": (32, 32) if linear else (32, 32, 1, 1),
+        "zero_convs.0.0.weight": (32, 32, 1, 1),
+        "input_hint_block.0.weight": (16, 3, 3, 3) if hint else None,
+        "label_emb.0.0.weight": (128, 72) if pooled else None,
+    }
+    return {prefix + key: torch.zeros(shape, device="meta") for key, shape in shapes.items() if shape}
+
+
+RIDFR, LATENT, DIFFBIR = file(7), file(8), file(8, linear=True)
+OTHERS = {
+    "model.diffusion_model.input_blocks.0.0.weight",
+    "cond_encoder.conv_in.weight",
+    "preprocess_model.conv_first.weight",
+}
+FULL_DIFFBIR = file(8, linear=True, prefix="control_model.") | dict.fromkeys(OTHERS, torch.zeros(1))
+FACEME = file(hint=True, linear=True, pooled=True)
+UNSAID = ("-1..1", "bicubic", "z,lq")
+
+
+@pytest.mark.parametrize(
+    ("state", "metadata", "choices", "spec"),
+    [
+        (RIDFR, {}, {}, ContentSpec(*UNSAID, "sd15", "pixel")),
+        (LATENT, {}, {}, ContentSpec(*UNSAID, "sd15", "latent")),
+        (DIFFBIR, {}, {}, ContentSpec(*UNSAID, "sd21", "latent")),
+        (FULL_DIFFBIR, {}, {}, ContentSpec(*UNSAID, "sd21", "latent")),
+        (file(7, linear=True, pooled=True), {}, {}, ContentSpec(*UNSAID, "sdxl", "pixel")),
+        (FACEME, {}, {"value_range": "-1..1"}, ContentSpec(*UNSAID, "sdxl", "hint")),
+        (FACEME, {"ridfr.value_range": "0..1"}, {}, ContentSpec("0..1", "bicubic", "z,lq", "sdxl", "hint")),
+        (RIDFR, {"ridfr.base": "nano", "format": "pt"}, {}, ContentSpec(*UNSAID, "nano", "pixel")),
+        (
+            RIDFR,
+            {"ridfr.kernel": "area", "ridfr.order": "lq,z", "ridfr.kind": "pixel"},
+            {"kernel": "bilinear"},
+            ContentSpec("-1..1", "bilinear", "lq,z", "sd15", "pixel"),
+        ),
+    ],
+)
+def test_files_are_understood(state, metadata, choices, spec):
+    tensors, found = understand(state, metadata, "x", choices)
+    assert found == spec
+    assert tensors.keys() == {key.removeprefix("control_model.") for key in state} - OTHERS
+
+
+@pytest.mark.parametrize(
+    ("state", "metadata", "sentence"),
+    [
+        (FACEME, {}, "'x.pth' holds an ordinary ControlNet .* such as FaceMe's, set the value range here to -1..1"),
+        (file(4), {}, "'x.pth' holds an ordinary ControlNet"),
+        (RIDFR, {"ridfr.kind": "latent"}, "'x.pth' has 7 input channels, but its metadata says ridfr.kind = 'latent'"),
+        ({"vision_model.x": torch.zeros(1)}, {}, "'x.pth' holds nothing this pack knows, but this needs a content"),
+        ({"zero_convs.0.0.weight": torch.zeros(1)}, {}, "'x.pth'"),
+    ],
+)
+def test_other_files_are_refused(state, metadata, sentence):
+    with pytest.raises(CheckpointError, match=sentence):
+        understand(state, metadata, "x.pth")
+
+
+def test_hint_encoder_keys():
+    """diffusers' eight hint convolutions are ldm's input_hint_block.0, 2, ..., 14."""
+    from diffusers import ControlNetModel
+
+    with torch.device("meta"):
+        net = ControlNetModel(
+            block_out_channels=(32, 64),
+            cross_attention_dim=32,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        )
+    converted = controlnet_to_ldm(net.state_dict())
+    hints = {key: tuple(w.shape) for key, w in converted.items() if key.startswith("input_hint_block.")}
+    channels = (3, 16, 16, 32, 32, 96, 96, 256, 32)
+    assert hints == {
+        f"input_hint_block.{2 * i}.{name}": shape
+        for i in range(8)
+        for name, shape in (("weight", (channels[i + 1], channels[i], 3, 3)), ("bias", (channels[i + 1],)))
+    }

@@ -17,47 +17,115 @@ def relative_error(got, want):
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
-def diffusers_controlnet(widths, layers, heads, context):
+def diffusers_controlnet(widths, layers, context, kind, **options):
+    """ControlNetModel of random weights; without a hint encoder it is handed zeros for what that would give."""
     from diffusers import ControlNetModel
 
     net = ControlNetModel(
-        in_channels=7,
+        in_channels={"hint": 4, "pixel": 7, "latent": 8}[kind],
         block_out_channels=widths,
         layers_per_block=layers,
-        down_block_types=("CrossAttnDownBlock2D",) * (len(widths) - 1) + ("DownBlock2D",),
-        attention_head_dim=heads,
         cross_attention_dim=context,
+        **options,
     )
-    net.controlnet_cond_embedding = torch.nn.Identity()  # is handed zeros
+    if kind != "hint":
+        net.controlnet_cond_embedding = torch.nn.Identity()
     torch.manual_seed(0)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.5)
     return net.eval()
 
 
-def sample(net, z, lq, t, text, spec):
-    return net(spec.concat(z, lq), t, text, controlnet_cond=torch.zeros(()), return_dict=False)
+def blocks(attending, plain=1):
+    return {"down_block_types": ("CrossAttnDownBlock2D",) * attending + ("DownBlock2D",) * plain}
 
 
+def sample(net, z, lq, t, text, spec, **added):
+    if spec.kind == "hint":
+        return net(z, t, text, controlnet_cond=lq, return_dict=False, **added)
+    return net(spec.concat(z, lq), t, text, controlnet_cond=torch.zeros(()), return_dict=False, **added)
+
+
+NANO = dict(widths=(64, 128, 128, 128), layers=2, context=128, kind="pixel", attention_head_dim=4, **blocks(3))
+SD15 = dict(widths=(32, 64, 128, 128), layers=2, context=64, attention_head_dim=8, **blocks(3))
+SD21 = dict(  # heads of 64 channels; diffusers' attention_head_dim is their number
+    widths=(64, 64, 128, 128),
+    layers=2,
+    context=96,
+    attention_head_dim=(1, 1, 2, 2),
+    use_linear_projection=True,
+    **blocks(3),
+)
+SDXL = dict(
+    widths=(32, 64, 128),
+    layers=2,
+    context=64,
+    attention_head_dim=(1, 1, 2),
+    use_linear_projection=True,
+    transformer_layers_per_block=(1, 2, 3),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=6 * 8 + 24,
+)
 NETWORKS = {
-    "nano": ((64, 128, 128, 128), 2, 4, 128, "nano"),
-    "three levels": ((32, 64, 96), 1, 4, 64, "nano"),
-    "SD1.5, narrow": ((32, 64, 128, 128), 2, 8, 64, "sd15"),
+    "nano": (NANO, "nano"),
+    "three levels": (NANO | dict(widths=(32, 64, 96), layers=1, context=64) | blocks(2), "nano"),
+    "RIDFR on SD1.5": (SD15 | dict(kind="pixel"), "sd15"),
+    "RIDFR's ablation": (SD15 | dict(kind="latent"), "sd15"),
+    "DiffBIR v1 on SD2.1": (SD21 | dict(kind="latent"), "sd21"),
+    "RIDFR's way on SDXL": (SDXL | dict(kind="pixel"), "sdxl"),
+    "FaceMe on SDXL": (SDXL | dict(kind="hint"), "sdxl"),
 }
 
 
 @pytest.mark.parametrize("case", NETWORKS)
 @torch.inference_mode()
-def test_network_matches_diffusers(content_control, case):
-    widths, layers, heads, context, base = NETWORKS[case]
-    net, spec = diffusers_controlnet(widths, layers, heads, context), ContentSpec(base=base)
-    control = content_control(controlnet_to_ldm(net.state_dict()), spec)
-    z, lq, text = torch.randn(2, 4, 16, 16), torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 5, context)
-    t = torch.tensor([20.0, 900.0])
-    down, middle = sample(net, z, lq, t, text, spec)
-    got = control.control_model(x=z, hint=lq, timesteps=t, context=text)
+def test_network_matches_diffusers(pack, content_control, case):
+    """Written as diffusers does, loaded, run. Only nano's base has to be said; the rest is read off the tensors."""
+    options, base = NETWORKS[case]
+    net = diffusers_controlnet(**options)
+    choices = {"value_range": "-1..1"} | ({"base": base} if base == "nano" else {})
+    state, spec = pack.ridfr_core.content.understand(net.state_dict(), {}, "x", choices)
+    assert (spec.base, spec.kind) == (base, options["kind"])
+    control = content_control(state, spec)
+    lq = torch.rand(2, *{"pixel": (3, 16, 16), "latent": (4, 16, 16), "hint": (3, 128, 128)}[spec.kind]) * 2 - 1
+    z, text, t = torch.randn(2, 4, 16, 16), torch.randn(2, 5, options["context"]), torch.tensor([20.0, 900.0])
+    added, y = {}, {}
+    if base == "sdxl":
+        pooled, times = torch.randn(2, 24), torch.tensor([[512.0, 512, 0, 0, 512, 512]] * 2)
+        added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": times}}
+        y = {"y": torch.cat([pooled, net.add_time_proj(times.flatten()).view(2, -1)], 1)}
+    down, middle = sample(net, z, lq, t, text, spec, **added)
+    got = control.control_model(x=z, hint=lq, timesteps=t, context=text, **y)
     for ours, theirs in zip([*got["output"], *got["middle"]], [*down, middle], strict=True):
         assert relative_error(ours, theirs) < 1e-5
+
+
+@torch.inference_mode()
+def test_every_missing_tensor_is_refused(pack, content_control):
+    """Also where it confuses the detection of the network's sizes."""
+    checkpoints, content = pack.ridfr_core.checkpoints, pack.ridfr_core.content
+    small = NANO | dict(widths=(32, 32), layers=1, context=64) | blocks(1)
+    state = content.controlnet_to_ldm(diffusers_controlnet(**small).state_dict())
+    content_control(state, content.ContentSpec(base="nano"), "x.pth")
+    for key in state:
+        with pytest.raises(checkpoints.CheckpointError, match="'x.pth' (lacks|holds)"):
+            content_control({k: w for k, w in state.items() if k != key}, content.ContentSpec(base="nano"), "x.pth")
+
+
+def test_missing_and_foreign_tensors_are_named(pack, content_control):
+    checkpoints, content = pack.ridfr_core.checkpoints, pack.ridfr_core.content
+    small = NANO | dict(widths=(32, 32), layers=1, context=64) | blocks(1)
+    state = content.controlnet_to_ldm(diffusers_controlnet(**small).state_dict())
+    spec = content.ContentSpec(base="nano")
+    half = {k: w for k, w in state.items() if not k.startswith("middle_block.1.norm")}
+    with pytest.raises(checkpoints.CheckpointError, match="'x' lacks middle_block.1.norm.weight and 1 more, which bel"):
+        content_control(half, spec, "x")
+    with pytest.raises(checkpoints.CheckpointError, match="'x' holds 1 tensors, such as task_embedding, that do not"):
+        content_control(state | {"task_embedding": torch.zeros(1)}, spec, "x")
+    with pytest.raises(checkpoints.CheckpointError, match=r"'x' has zero_convs.0.0.bias of shape \[2\], but .* \[32\]"):
+        content_control(state | {"zero_convs.0.0.bias": torch.zeros(2)}, spec, "x")
 
 
 @pytest.mark.parametrize("kernel", ["bicubic", "bilinear", "area", "nearest-exact"])
@@ -79,7 +147,7 @@ def test_control_net_matches_diffusers_from_image_to_residuals(comfy, content_co
     class Sampling(ModelSamplingDiscrete, V_PREDICTION):
         pass
 
-    net, spec = diffusers_controlnet(*NETWORKS["nano"][:4]), ContentSpec(base="nano", kernel="area")
+    net, spec = diffusers_controlnet(**NANO), ContentSpec(base="nano", kernel="area")
     control = content_control(controlnet_to_ldm(net.state_dict()), spec)
     image, x, text = torch.rand(1, 3, 128, 128), torch.randn(2, 4, 16, 16), torch.randn(2, 5, 128)
     sampling = Sampling()

@@ -1,0 +1,136 @@
+"""Nano restorations of people that no network has seen, measured by the judge and kept on disk."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapter import IdentityAdapter
+from ..degradation import degrade
+from ..face_model import load_face_model
+from ..faces import align
+from ..metrics import identity_variance, psnr, similarity, ssim
+from ..nano import WEIGHTS
+from ..recognition import embed
+from ..training import clip_vision
+from ..training.nano_diffusion import SEVERE
+from ..training.portrait_data import fingerprint, portrait_set
+from .restorer import Restorer
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Method:
+    """What restores: the networks, and those that read the reference."""
+
+    restorer: Restorer
+    adapter: IdentityAdapter
+    tower: nn.Module
+
+    def fingerprint(self) -> str:
+        networks = (self.restorer.unet, self.restorer.vae, self.restorer.content, self.adapter, self.tower)
+        return " ".join(fingerprint(network) for network in networks)
+
+
+class Measured(NamedTuple):
+    """Of P people restored with R references each: similarity to the truth, psnr in dB and ssim [P,R]; variance [P],
+    the identity variance over the references (NaN for a single one)."""
+
+    similarity: Tensor
+    psnr: Tensor
+    ssim: Tensor
+    variance: Tensor
+
+
+class HeldOut:
+    """The first `people` of the test split: one severely degraded face of each, and photos of them in other views.
+
+    All restorations of a person begin with the same noise, whatever the method and the reference, so that only these
+    make a difference. Faces are aligned by the landmarks they were drawn with, not by a detector.
+    """
+
+    def __init__(self, work: Path, people: int, references: int, steps: int, weights: Path = WEIGHTS):
+        self.people, self.steps, self.cache = people, steps, work / "arms" / "measured"
+        self.portraits = portrait_set(work, "test", people, 1 + references)
+        self.recogniser = load_face_model(weights / "insightface" / "models" / "nano").recogniser
+        self.judge = load_face_model(weights / "insightface" / "models" / "nano_judge").recogniser
+        rows = torch.arange(len(self.portraits)).view(people, 1 + references)
+        self.truth_rows, self.references = rows[:, 0], rows[:, 1:]
+        self.truth, self.landmarks = self.portraits.batch(self.truth_rows), self.portraits.landmarks[self.truth_rows]
+        generator = torch.Generator().manual_seed(1)
+        self.lq = degrade(self.truth, **SEVERE.draw(people, generator), generator=generator)
+
+    def measure(self, method: Method, references: Tensor | None, guidance: float = 1.0, shrink: int = 1) -> Measured:
+        """Restore every person's face with each of these references, or take what was measured before.
+
+        references: [P,R] rows of portraits, or None for the blind restoration. shrink: how many times smaller the
+        references are made before anything reads them.
+        """
+        said = (method.fingerprint(), fingerprint(self.judge), fingerprint(self.recogniser), self.people, self.steps,
+                None if references is None else references.tolist(), guidance, shrink)
+        path = self.cache / f"{hashlib.sha256(repr(said).encode()).hexdigest()[:16]}.npz"
+        if not path.exists():
+            measured = self._restore(method, references, guidance, shrink)
+            self.cache.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                np.savez(file, **{name: value.numpy() for name, value in measured._asdict().items()})
+            partial.replace(path)
+        stored = np.load(path)
+        return Measured(*(torch.from_numpy(stored[name]) for name in Measured._fields))
+
+    def compare(self, images: Tensor) -> Measured:
+        """Measure images [P*R,3,S,S] that show, person by person, the same as the truth."""
+        count = len(images) // self.people
+        people = torch.arange(self.people).repeat_interleave(count)
+        embeddings = self.judged(images, self.landmarks[people])
+        alike = similarity(embeddings, self.truth_embeddings[people])
+        columns = (alike, psnr(images, self.truth[people]), ssim(images, self.truth[people]))
+        embeddings = embeddings.view(self.people, count, -1)
+        variance = identity_variance(embeddings) if count > 1 else torch.full((self.people,), torch.nan)
+        return Measured(*(column.view(self.people, count) for column in columns), variance)
+
+    @cached_property
+    def truth_embeddings(self) -> Tensor:
+        """The judge's unit embeddings [P,512] of the true faces."""
+        return self.judged(self.truth, self.landmarks)
+
+    @torch.no_grad()
+    def judged(self, images: Tensor, landmarks: Tensor) -> Tensor:
+        """The judge's unit embeddings [B,512]."""
+        return torch.cat([embed(self.judge, align(*part)) for part in zip(images.split(BATCH), landmarks.split(BATCH))])
+
+    def _restore(self, method: Method, references: Tensor | None, guidance: float, shrink: int) -> Measured:
+        count = 1 if references is None else references.shape[1]
+        people, images = torch.arange(self.people).repeat_interleave(count), []
+        for part in torch.arange(len(people)).split(BATCH):
+            identity, nobody = None, None
+            if references is not None:
+                identity = self._keys_values(method, references.flatten()[part], shrink)
+                nobody = self._nobody(method, len(part)) if guidance != 1 else None
+            who = people[part]
+            images.append(method.restorer.restore(self.lq[who], identity, nobody, guidance, self.steps, seeds=who))
+        return self.compare(torch.cat(images))
+
+    @torch.no_grad()
+    def _keys_values(self, method: Method, rows: Tensor, shrink: int) -> list[tuple[Tensor, Tensor]]:
+        images, landmarks = self.portraits.batch(rows), self.portraits.landmarks[rows]
+        if shrink > 1:
+            small = F.interpolate(images, scale_factor=1 / shrink, mode="area")
+            images = F.interpolate(small, size=images.shape[-2:], mode="bicubic").clamp(0, 1)
+        embeddings = embed(self.recogniser, align(images, landmarks))
+        clip = clip_vision.features(method.tower, images, landmarks)
+        return method.adapter.keys_values(method.adapter.tokens(embeddings, clip))
+
+    @torch.no_grad()
+    def _nobody(self, method: Method, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Of no one: embedding 0, and CLIP's features of zeros after normalisation."""
+        tokens = method.adapter.tokens(torch.zeros(1, 512), clip_vision.features_of_nobody(method.tower)[None])
+        return [(k.expand(count, -1, -1), v.expand(count, -1, -1)) for k, v in method.adapter.keys_values(tokens)]
