@@ -9,6 +9,8 @@ from typing import get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..content import CHOICES as CONTENT_CHOICES
+
 RECIPES = Path(__file__).parent / "recipes"
 # Neither what is learnt nor the order in which depends on these, so an interrupted run may go on with other values.
 FREE = {"steps", "accumulate", "gradient_checkpointing", "workers", "cache", "save_every", "keep", "validate_every"}
@@ -98,7 +100,13 @@ class AdapterSettings(IdentitySettings):
 
 
 STAGES = {"content": ContentSettings, "align": AlignSettings, "naive": AlignSettings, "adapter": AdapterSettings}
-CHOICES = {"schedule": ("constant", "cosine"), "precision": ("fp32", "bf16", "fp16")}
+CHOICES = {
+    "kind": ("pixel", "latent"),
+    "value_range": CONTENT_CHOICES["value_range"],
+    "kernel": CONTENT_CHOICES["kernel"],
+    "schedule": ("constant", "cosine"),
+    "precision": ("fp32", "bf16", "fp16"),
+}
 
 
 def read_settings(stage: str, file: Path | None, overrides: Sequence[str]) -> Settings:
