@@ -1,0 +1,149 @@
+"""Nodes that measure: image quality, and how much an identity varies."""
+
+import torch
+from comfy_api.latest import io
+from server import PromptServer
+from torch import Tensor
+
+from ..ridfr_core.faces import Detector
+from ..ridfr_core.metrics import identity_variance, landmark_distance, psnr, ssim
+from ..ridfr_core.perceptual import FULL_REFERENCE, METRICS, MetricAbsent, load, score
+from . import types
+from .border import same_batch, to_core
+from .identity import face_embeddings
+from .managed import ManagedFaceModel
+
+
+class ImageQuality(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RIDFR_ImageQuality",
+            display_name="Image Quality",
+            category=types.CATEGORY,
+            description="Says how close restored pictures are to the true ones, in the measures that papers use. For "
+            "whose face it is, see Compare Identity.",
+            search_aliases=["psnr", "ssim", "lpips", "landmark distance", "image metrics", "compare images", "musiq"],
+            inputs=[
+                io.Image.Input("image", tooltip="The pictures to judge."),
+                io.Image.Input(
+                    "truth",
+                    tooltip="What they should look like: one for each, or one for all. Scaled to the pictures' size.",
+                ),
+                types.FaceModel.Input(
+                    "face_model",
+                    optional=True,
+                    tooltip="From Load Face Model. With it, the report also says how many pixels the eyes, nose and "
+                    "mouth are off their places (LMD).",
+                ),
+                io.Boolean.Input(
+                    "perceptual",
+                    default=False,
+                    tooltip="Also ask networks that judge pictures as people do (LPIPS, MUSIQ, MANIQA, CLIP-IQA, "
+                    "HyperIQA, PI). They need the Python package pyiqa and its weights on this disk; the report "
+                    "says what is missing. They run on the processor and take their time.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output(display_name="PSNR", tooltip="In decibels, the mean of all pictures; more is closer."),
+                io.Float.Output(display_name="SSIM", tooltip="Up to 1, the mean of all pictures; more is closer."),
+                io.String.Output(display_name="report", tooltip="A line for each measure: the mean and each picture."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, image: Tensor, truth: Tensor, perceptual: bool = False, face_model: ManagedFaceModel | None = None
+    ) -> io.NodeOutput:
+        image, truth = same_batch(image, truth, "The first input", "the truth")
+        images, truths = to_core(image, "image"), to_core(truth, "true image")
+        if truths.shape != images.shape:
+            truths = torch.nn.functional.interpolate(truths, size=images.shape[-2:], mode="bicubic", antialias=True)
+        found = {"PSNR": psnr(images, truths).tolist(), "SSIM": ssim(images, truths).tolist()}
+        if face_model is not None:
+            found["LMD"] = landmark_distances(face_model.model.detector, images, truths)
+        lines = [measure_line(name, values) for name, values in found.items()]
+        if perceptual:
+            lines += perceptual_lines(images, truths)
+        text = "\n".join(lines)
+        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)  # shown on the node
+        return io.NodeOutput(mean(found["PSNR"]), mean(found["SSIM"]), text, ui={"text": [text]})
+
+
+def landmark_distances(detector: Detector, images: Tensor, truths: Tensor) -> list[float | None]:
+    """LMD of each pair of images [B,3,H,W]; None where a face is missing."""
+    pairs = [(detector.detect(a), detector.detect(b)) for a, b in zip(images, truths, strict=True)]
+    return [landmark_distance(a[0].landmarks, b[0].landmarks).item() if a and b else None for a, b in pairs]
+
+
+def perceptual_lines(images: Tensor, truths: Tensor) -> list[str]:
+    """What pyiqa's metrics say, or why they cannot. FID compares sets of images, so it is not among them."""
+    lines = []
+    for name in METRICS:
+        if name == "FID":
+            continue
+        try:
+            metric = load(name)
+        except MetricAbsent as reason:
+            lines.append(f"{name}: absent, {reason}")
+        else:
+            truth = truths if name in FULL_REFERENCE else None
+            lines.append(measure_line(name, score(metric, images, truth)))
+    return lines
+
+
+def mean(values: list[float | None]) -> float:
+    """Over those that are there; 0 if none is."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else 0.0
+
+
+def measure_line(name: str, values: list[float | None]) -> str:
+    each = ", ".join("no face found" if value is None else f"{value:.4g}" for value in values)
+    return f"{name}: {mean(values):.4g} ({each})"
+
+
+class IdentityVariance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RIDFR_IdentityVariance",
+            display_name="Identity Variance",
+            category=types.CATEGORY,
+            description="Says how much the face changes between several restorations of one picture, each with "
+            "another photo of the person: 0 is always the same face, about 1 always a stranger.",
+            search_aliases=["identity variance", "robustness", "consistency of faces", "id variance"],
+            inputs=[
+                types.FaceModel.Input(
+                    "face_model",
+                    tooltip="The recogniser that judges. Another one than that of Extract Identity gives the more "
+                    "honest answer.",
+                ),
+                io.Image.Input("images", tooltip="A batch of restorations of the same picture, two or more."),
+            ],
+            outputs=[
+                io.Float.Output(
+                    display_name="variance",
+                    tooltip="1 minus the mean likeness of two different ones. Look at Compare Identity beside it: a "
+                    "face that is always the same wrong one has no variance either.",
+                ),
+                io.String.Output(display_name="report", tooltip="The variance, and how many faces it is of."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, face_model: ManagedFaceModel, images: Tensor) -> io.NodeOutput:
+        found = [e for e in face_embeddings(face_model, to_core(images, "image")) if e is not None]
+        if len(found) < 2:
+            raise ValueError(
+                f"A face was found in {len(found)} of {len(images)} images: connect at least two in which it can be "
+                "seen."
+            )
+        variance = identity_variance(torch.stack(found)[None]).item()
+        text = f"identity variance {variance:.4f} over {len(found)} of {len(images)}"
+        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
+        return io.NodeOutput(variance, text, ui={"text": [text]})
