@@ -3,15 +3,132 @@
 import argparse
 from pathlib import Path
 
+TABLES = ("1", "4", "lambda", "2", "3")  # in the order of their worth
+
 
 def describe(parser: argparse.ArgumentParser) -> None:
     subjects = parser.add_subparsers(dest="subject", required=True)
-    nano = subjects.add_parser("nano", help="the embedded models, on people they never saw")
+    describe_folder(subjects.add_parser(
+        "folder", help="a method, on a data set of faces in folders",
+        description="Restores DATA/PERSON/lq/NAME.png with the photos in DATA/PERSON/ref, compares with "
+                    "DATA/PERSON/gt/NAME.png, and writes OUT/images.csv, summary.md, sheet.png and restored/. Several "
+                    "processes: accelerate launch -m ridfr_core.cli evaluate folder ..."))
+    portraits = subjects.add_parser("portraits", help="drawn portraits as such a data set, to try it on")
+    portraits.add_argument("data", type=Path, help="gets a folder per person")
+    portraits.add_argument("--people", type=int, default=8, help="default: 8")
+    portraits.add_argument("--references", type=int, default=3, help="photos of each person (default: 3)")
+    describe_nano(subjects.add_parser(
+        "nano", help="the embedded models, on people they never saw",
+        description="Without --report, the figures of the model card. With it, the tables of RIDFR's paper as "
+                    "ridfr_core/nano/REPORT.md: arms that are not trained yet are trained, what was measured is kept."))
+    describe_guidance(subjects.add_parser("guidance", help="ID-preserving sampling on the embedded models"))
+
+
+def describe_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, help="a folder for each person, with lq, gt and ref in it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for what is written")
+    parser.add_argument("--base", default="nano", help="SD1.5: a diffusers folder or a checkpoint (default: nano)")
+    parser.add_argument("--content", default="nano", help="content ControlNet (default: nano)")
+    parser.add_argument("--adapter", default="nano", help="identity adapter (default: nano)")
+    parser.add_argument("--plus-v1", action="store_true", help="the adapter is FaceID Plus, not PlusV2")
+    parser.add_argument("--clip-vision", default="nano", help="CLIP vision model: a folder or file (default: nano)")
+    parser.add_argument("--face-model", default="nano", help="insightface folder that conditions (default: nano)")
+    parser.add_argument("--judge", default="nano_judge", help="another one, that judges (default: nano_judge)")
+    parser.add_argument("--references", type=int, default=1,
+                        help="restore each face once with each of the person's first photos, as many as this; "
+                             "several give the identity variance, 0 restores blindly (default: 1)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="on the identity (default: 1)")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
+    parser.add_argument("--batch", type=int, default=8, help="faces restored at once (default: 8)")
+    parser.add_argument("--measure-only", action="store_true",
+                        help="OUT/restored/PERSON/NAME--REFERENCE.png (NAME.png if blind) are there already, by "
+                             "whatever workflow")
+
+
+def describe_nano(nano: argparse.ArgumentParser) -> None:
     nano.add_argument("--work", type=Path, required=True, help="folder for portraits and checkpoints")
     nano.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
+    nano.add_argument("--report", action="store_true", help="the paper's tables instead of the figures")
+    report = nano.add_argument_group("with --report")
+    report.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, metavar="TABLE",
+                        help=f"only these of {', '.join(TABLES)}")
+    report.add_argument("--people", type=int, default=100, help="default: 100")
+    report.add_argument("--references", type=int, default=8, help="photos of each person (default: 8)")
+    report.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20, as in the paper)")
+    report.add_argument("--seeds", type=int, default=3, help="of each trained arm (default: 3)")
+    report.add_argument("--guidance", type=float, nargs="+", default=(1.0, 2.5),
+                        help="on the identity (default: 1 2.5)")
+    report.add_argument("--content-steps", type=int, help="of each arm's content stage (default: as the bundle)")
+    report.add_argument("--align-steps", type=int, help="of each arm's finetuning (default: as the bundle)")
+
+
+def describe_guidance(parser: argparse.ArgumentParser) -> None:
+    def part(text: str) -> tuple[float, float]:
+        start, end = text.split("-")
+        return float(start), float(end)
+
+    parser.add_argument("--work", type=Path, required=True, help="folder for portraits and what was measured")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the table (default: docs)")
+    parser.add_argument("--people", type=int, default=48, help="default: 48")
+    parser.add_argument("--seeds", type=int, default=3, help="start noises of each person (default: 3)")
+    parser.add_argument("--steps", type=float, nargs="+", default=(0.03, 0.1, 0.2, 0.4), help="step sizes")
+    parser.add_argument("--iterations", type=int, nargs="+", default=(1, 2, 4))
+    parser.add_argument("--ranges", type=part, nargs="+", default=((0.0, 1.0),), metavar="START-END",
+                        help="parts of the run, as in 0-1 0.3-1")
+    parser.add_argument("--decode", nargs="+", default=("face",), help="decode modes, as in face 'whole picture'")
+    parser.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.subject == "folder":
+        return run_folder(options)
+    if options.subject == "portraits":
+        from ..evaluation.folder import export_portraits
+
+        return export_portraits(options.data, options.people, options.references)
+    import torch
+
+    torch.set_num_threads(options.threads)
+    if options.subject == "guidance":
+        return run_guidance(options)
+    if options.report:
+        return run_report(options)
     from ..training import nano
 
     nano.train(["figures"], options.work, options.threads)
+
+
+def run_folder(options: argparse.Namespace) -> None:
+    from ..evaluation.run import evaluate_folder
+
+    names = ("base", "content", "adapter", "clip_vision", "plus_v1", "guidance", "steps")
+    pipeline = None if options.measure_only else {name: getattr(options, name) for name in names}
+    try:
+        print(evaluate_folder(options.data, options.out, options.references, options.face_model, options.judge,
+                              options.batch, pipeline), end="")
+    except ValueError as error:  # EvaluationError, CheckpointError, FaceModelError: one sentence
+        raise SystemExit(f"ridfr evaluate folder: {error}") from error
+
+
+def run_report(options: argparse.Namespace) -> None:
+    from ..evaluation import nano_report
+    from ..training.nano_diffusion import ALIGN, CONTENT
+
+    content_steps, align_steps = options.content_steps or CONTENT.steps, options.align_steps or ALIGN.steps
+    guidance = " ".join(f"{value:g}" for value in options.guidance)
+    command = (f"ridfr evaluate nano --report --work FOLDER --tables {' '.join(options.tables)} --people "
+               f"{options.people} --references {options.references} --steps {options.steps} --seeds {options.seeds} "
+               f"--guidance {guidance} --content-steps {content_steps} --align-steps {align_steps}")
+    nano_report.write(options.work, options.tables, options.people, options.references, options.steps, options.seeds,
+                      options.guidance, content_steps, align_steps, command)
+
+
+def run_guidance(options: argparse.Namespace) -> None:
+    from ..evaluation.guidance_sweep import cells, write
+
+    points = cells(options.steps, options.iterations, options.ranges, options.decode)
+    command = (f"ridfr evaluate guidance --work FOLDER --people {options.people} --seeds {options.seeds} --steps "
+               f"{' '.join(map(str, options.steps))} --iterations {' '.join(map(str, options.iterations))} --ranges "
+               f"{' '.join(f'{a:g}-{b:g}' for a, b in options.ranges)} --decode "
+               f"{' '.join(map(repr, options.decode))}")
+    write(options.work, options.out, options.people, options.seeds, points, command)

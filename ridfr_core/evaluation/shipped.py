@@ -1,8 +1,9 @@
 """The shipped nano networks as diffusers and transformers have them, in fp32."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter import IdentityAdapter
 from ..checkpoints import read
@@ -11,7 +12,7 @@ from ..layouts import unet_to_ldm, vae_to_ldm
 from ..nano import WEIGHTS
 from ..nano.config import LATENT_SCALE, PORTRAIT
 from ..training import nano_diffusion, nano_vae, nano_vision
-from ..training.nano_shipped import from_ldm
+from ..training.networks import from_ldm
 from .restorer import Restorer
 
 
@@ -24,17 +25,18 @@ def nano_restorer(weights: Path = WEIGHTS) -> Restorer:
     unet.load_state_dict(from_ldm(unet, unet_to_ldm, checkpoint, "model.diffusion_model."))
     vae.load_state_dict(from_ldm(vae, vae_to_ldm, checkpoint, "first_stage_model."))
     content.load_state_dict(from_ldm(content, controlnet_to_ldm, control))
-    return restorer(unet, vae, content, spec)
+    return restorer(unet, vae, content, spec=spec)
 
 
-def restorer(unet: nn.Module, vae: nn.Module, content: nn.Module, spec: ContentSpec = nano_diffusion.SPEC) -> Restorer:
-    """A Restorer of nano networks whose content module takes pixels."""
+def restorer(unet: nn.Module, vae: nn.Module, content: nn.Module, condition: Callable[[Tensor], Tensor] | None = None,
+             spec: ContentSpec = nano_diffusion.SPEC) -> Restorer:
+    """A Restorer of nano networks; condition: what its content module takes, pixels by `spec` if left out."""
     size = (PORTRAIT // 8, PORTRAIT // 8)
     nano_diffusion.let_identity_in(unet)
     return Restorer(
         unet=frozen(unet), vae=frozen(vae), content=frozen(content), spec=spec,
         context=nano_diffusion.empty_prompt(1), schedule=dict(nano_diffusion.schedule().config), scale=LATENT_SCALE,
-        condition=lambda lq: prepare_lq(lq, size, spec),
+        condition=condition or (lambda lq: prepare_lq(lq, size, spec)),
     )
 
 

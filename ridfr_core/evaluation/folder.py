@@ -1,0 +1,203 @@
+"""A data set of faces as folders: restore it, measure it, and write what came out.
+
+    DATA/PERSON/lq/NAME.png     a degraded face, cropped as the base was trained (FFHQ's crop)
+    DATA/PERSON/gt/NAME.png     the same face as it was, if it is known
+    DATA/PERSON/ref/*.png       other photos of the person
+    OUT/restored/PERSON/NAME--REFERENCE.png, OUT/images.csv, OUT/summary.md, OUT/sheet.png
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+
+from ..adapter import IdentityAdapter
+from ..face_model import FaceModel, load_face_model
+from ..faces import align
+from ..nano import WEIGHTS
+from ..recognition import embed
+from .restorer import KeysValues, Restorer
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class EvaluationError(ValueError):
+    """A data set cannot be evaluated; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One LQ face to restore with one reference; without one, blindly."""
+
+    person: str
+    lq: Path
+    truth: Path | None
+    reference: Path | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.lq.stem}--{self.reference.stem}" if self.reference else self.lq.stem
+
+    def restored(self, out: Path) -> Path:
+        return out / "restored" / self.person / f"{self.name}.png"
+
+
+def find_tasks(data: Path, references: int) -> tuple[list[Task], dict[Path, str]]:
+    """All that is to be restored, each LQ face with the first `references` photos that can be read (0: blindly), and
+    why other files cannot be used. Raises EvaluationError if nothing is left."""
+    tasks, unusable = [], {}
+    for folder in sorted(path for path in data.glob("*") if path.is_dir()):
+        photos = readable(folder / "ref", unusable)[:references] if references else [None]
+        truths = {path.stem: path for path in readable(folder / "gt", unusable)}
+        tasks += [Task(folder.name, lq, truths.get(lq.stem), photo)
+                  for lq in readable(folder / "lq", unusable) for photo in photos]
+    if not tasks:
+        raise EvaluationError(f"'{data}' has nothing to restore: it needs PERSON/lq/NAME.png"
+                              + (" and PERSON/ref/*.png." if references else "."))
+    return tasks, unusable
+
+
+def readable(folder: Path, unusable: dict[Path, str]) -> list[Path]:
+    """The images of a folder; those that are damaged go to `unusable` with the reason."""
+    good = []
+    for path in sorted(path for path in folder.glob("*") if path.suffix.lower() in EXTENSIONS):
+        try:
+            read_image(path)
+            good.append(path)
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # by format and damage
+            unusable[path] = str(error)
+    return good
+
+
+def read_image(path: Path) -> Tensor:
+    """[3,H,W] in [0,1], upright."""
+    with Image.open(path) as file:
+        pixels = numpy.array(ImageOps.exif_transpose(file).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """[3,H,W] -> [3,*size]."""
+    if image.shape[-2:] == size:
+        return image
+    return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def face_model_of(pack: str) -> FaceModel:
+    """"nano", "nano_judge", or the folder of an insightface pack."""
+    shipped = WEIGHTS / "insightface" / "models" / pack
+    return load_face_model(shipped if shipped.is_dir() else pack)
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """What restores: the networks on `device`, and the guidance on the identity. size: of the faces, in pixels."""
+
+    restorer: Restorer
+    adapter: IdentityAdapter
+    shortcut: bool
+    tower: nn.Module
+    face_model: FaceModel
+    size: int
+    device: torch.device
+    guidance: float = 1.0
+    steps: int = 20
+
+    def restore(self, tasks: list[Task]) -> Tensor:
+        """[B,3,size,size]; every result of an LQ face begins with the same noise."""
+        lq = torch.stack([resized(read_image(task.lq), (self.size, self.size)) for task in tasks]).to(self.device)
+        identity, nobody = None, None
+        if tasks[0].reference is not None:
+            embeddings, clip = map(torch.cat, zip(*(self.features(task.reference) for task in tasks)))
+            identity = self._keys_values(embeddings, clip)
+            nobody = [(k.expand(len(tasks), -1, -1), v.expand(len(tasks), -1, -1)) for k, v in self.nobody]
+        return self.restorer.restore(lq, identity, nobody, self.guidance, self.steps)
+
+    @lru_cache(maxsize=1024)  # noqa: B019  one pipeline lives as long as the command
+    def features(self, photo: Path) -> tuple[Tensor, Tensor]:
+        """Embedding [1,512] and CLIP features [1,T,D]. Raises EvaluationError if there is no face."""
+        from ..training import clip_vision
+
+        image = read_image(photo)
+        faces = self.face_model.detector.detect(image)
+        if not faces:
+            raise EvaluationError(f"No face was found in the reference {photo}: take it out, or use a better photo.")
+        images, landmarks = image[None].to(self.device), faces[0].landmarks[None].to(self.device)
+        with torch.no_grad():
+            return (embed(self.face_model.recogniser, align(images, landmarks)),
+                    clip_vision.features(self.tower, images, landmarks))
+
+    @cached_property
+    def nobody(self) -> KeysValues:
+        from ..training import clip_vision
+
+        return self._keys_values(torch.zeros(1, 512, device=self.device),
+                                 clip_vision.features_of_nobody(self.tower)[None])
+
+    @torch.no_grad()
+    def _keys_values(self, embeddings: Tensor, clip: Tensor) -> KeysValues:
+        return self.adapter.keys_values(self.adapter.tokens(embeddings, clip, self.shortcut))
+
+
+def load_pipeline(base: str, content: str, adapter: str, clip_vision: str, face_model: FaceModel, plus_v1: bool,
+                  guidance: float, steps: int, device: torch.device) -> Pipeline:
+    """From files, folders or "nano"; all in fp32. plus_v1: the adapter is FaceID Plus, not PlusV2."""
+    from ..training.base import load_base
+    from ..training.clip_vision import load_tower
+    from ..training.networks import let_identity_in, merge_lora
+    from ..training.run import load_adapter, load_content
+    from ..training.stages import Frozen
+
+    loaded = load_base(base)
+    control, spec = load_content(content, loaded)
+    projection, lora = load_adapter(adapter)
+    merge_lora(loaded.unet, lora, 1.0)
+    let_identity_in(loaded.unet)
+    frozen = Frozen(loaded.to(device, torch.float32), spec)
+    restorer = Restorer(
+        unet=frozen.base.unet, vae=frozen.base.vae, content=control.to(device).eval(), spec=spec,
+        context=frozen.base.prompt, schedule=dict(frozen.base.schedule.config),
+        scale=frozen.base.vae.config.scaling_factor, condition=frozen.condition,
+    )
+    face_model.recogniser.to(device)
+    size = 128 if loaded.name == "nano" else 512
+    return Pipeline(restorer, projection.to(device).eval(), not plus_v1, load_tower(clip_vision).to(device), face_model,
+                    size, device, guidance, steps)
+
+
+def restore_all(pipeline: Pipeline, tasks: list[Task], out: Path, batch: int) -> None:
+    """Write the restored faces."""
+    for start in range(0, len(tasks), batch):
+        part = tasks[start : start + batch]
+        for task, image in zip(part, pipeline.restore(part)):
+            path = task.restored(out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_pil(image).save(path)
+        print(f"restored {start + len(part)} of {len(tasks)}", flush=True)
+
+
+def export_portraits(folder: Path, people: int, references: int) -> None:
+    """Held-out nano portraits as such a data set: view 0 severely degraded, the others as references."""
+    from ..degradation import degrade
+    from ..nano.portraits import SPLITS, render
+    from ..training.nano_diffusion import SEVERE
+
+    generator = torch.Generator().manual_seed(1)
+    for person in range(people):
+        seeds = torch.full((1 + references,), SPLITS["test"].start + person), torch.arange(1 + references)
+        images = render(*seeds).image
+        lq = degrade(images[:1], **SEVERE.draw(1, generator), generator=generator)
+        named = {"lq/0": lq[0], "gt/0": images[0]} | {f"ref/{i}": one for i, one in enumerate(images[1:], 1)}
+        for name, image in named.items():
+            path = folder / f"{person:04d}" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_pil(image).save(path)

@@ -1,0 +1,55 @@
+"""`ridfr evaluate folder`: restore and measure a data set, in one process or in several under accelerate."""
+
+from pathlib import Path
+
+from .folder import face_model_of, find_tasks, load_pipeline, restore_all
+from .measure import Judge, averages, check_judge, draw_sheet, summary, write_csv
+
+
+def evaluate_folder(data: Path, out: Path, references: int, face_model: str, judge: str, batch: int,
+                    pipeline: dict | None) -> str:
+    """Restore every LQ face of `data` once with each of the first `references` photos, measure, and write into `out`.
+
+    Args:
+        references: 0 restores blindly.
+        face_model, judge: see `face_model_of`; the one that conditions, and another.
+        pipeline: arguments of `load_pipeline`, or None if the restored faces lie in `out` already.
+    Returns the summary (empty in all processes but the first). Raises EvaluationError: nothing to restore, a judge
+    that is not independent, no face in a reference.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    tasks, unusable = find_tasks(data, references)
+    conditions, judges = face_model_of(face_model), face_model_of(judge)
+    check_judge(judges, conditions)
+    with state.split_between_processes(tasks) as mine:
+        if pipeline is not None:
+            loaded = load_pipeline(**pipeline | {"face_model": conditions}, device=state.device)
+            restore_all(loaded, mine, out, batch)
+        measured = Judge(judges, state.device)
+        rows = [measured.row(task, task.restored(out)) for task in mine]
+        faces = {(task.person, task.lq.stem): task for task in mine if task.truth}
+        degraded = [measured.row(task, task.lq) for task in faces.values()]
+    rows, degraded = gather_object(rows), gather_object(degraded)
+    if not state.is_main_process:
+        return ""
+    degraded = list({(row.person, row.image): row for row in degraded}.values())
+    results = {"degraded": averages(degraded)} if degraded else {}
+    method = "restored" if references else "restored blindly"
+    results[method] = averages(rows)
+    with_truth = [task for task in tasks if task.truth]
+    if "FID" in measured.metrics and with_truth:
+        results[method]["FID"] = measured.fid([t.restored(out) for t in with_truth], [t.truth for t in with_truth])
+    draw_sheet(tasks, rows, out, f"{data.name}: {len(rows)} restorations")
+    write_csv(rows, out / "images.csv")
+    notes = [f"{len(rows)} restorations of {len({(r.person, r.image) for r in rows})} faces of "
+             f"{len({r.person for r in rows})} people; judge: {judges.name} ({judges.digest[:8]})."]
+    if lost := sum(row.embedding is None for row in rows):
+        notes.append(f"The judge found no face in {lost} of {len(rows)} restorations; they count in the other columns.")
+    notes += [f"{', '.join(names)}: absent, {reason}." for reason, names in measured.absent.items()]
+    notes += [f"Left out: {path.relative_to(data)}: {reason}." for path, reason in unusable.items()]
+    text = summary(results, notes)
+    (out / "summary.md").write_text(text, encoding="utf-8")
+    return text
