@@ -62,7 +62,7 @@ def test_registry_accepts_and_packs_the_node(checkout, tmp_path):
         assert "warning" not in (done.stdout + done.stderr).lower(), done.stdout + done.stderr
     names = zipfile.ZipFile(clone / "node.zip").namelist()
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE"} <= set(names)
-    assert not [name for name in names if name.split("/")[0] in {"tests", "tools", ".ci", "Makefile"}]
+    assert not [name for name in names if name.split("/")[0] in {"tests", "tools", "benchmarks", ".ci", "Makefile"}]
 
 
 def calls_and_imports(path):

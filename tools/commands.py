@@ -45,6 +45,12 @@ def test(arguments: list[str]) -> int:
     return become([bed.python, "-m", "pytest", *arguments])
 
 
+def bench(arguments: list[str]) -> int:
+    """Measure what the identity costs per step, into benchmarks/ (--repeats N, --note TEXT)."""
+    bed = prepare(tests=True)
+    return become([bed.python, "-m", "tools.bench", "--tree", bed.tree, *arguments])
+
+
 def lint(arguments: list[str]) -> int:
     """Check the style with ruff."""
     return become([prepare().python, "-m", "ruff", "check", *(arguments or ["."])])
@@ -84,5 +90,5 @@ def become(command: list) -> int:
     return subprocess.call(command)
 
 
-COMMANDS = {"demo": demo, "serve": serve, "test": test, "lint": lint, "setup": setup, "lock": lock,
+COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench, "lint": lint, "setup": setup, "lock": lock,
             "clean-cache": clean_cache}

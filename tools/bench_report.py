@@ -1,0 +1,61 @@
+"""benchmarks/README.md, written from the JSON files beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+HEAD = """# Benchmark
+
+`make bench` writes this file. Full-width SD1.5 with random weights, a FaceID-PlusV2 adapter and a content ControlNet;
+start noise, prompt and weights are the same on both sides. Each figure is the median of runs that took turns in one
+process, so the ratios hold even where the machine was busy; the seconds don't.
+"""
+
+
+def write_table(folder: Path) -> None:
+    """Render cpu.json and gpu.json, as far as they are there."""
+    parts = [HEAD]
+    for name, render, title in (("cpu.json", cpu, "Processor"), ("gpu.json", gpu, "NVIDIA GPU")):
+        file = folder / name
+        parts += [f"## {title}\n", render(json.loads(file.read_text())) if file.exists() else "Not run yet: no such "
+                  "GPU was to be had. `make bench` on a machine with CUDA fills this in.\n"]
+    (folder / "README.md").write_text("\n".join(parts))
+
+
+def cpu(results: dict) -> str:
+    case, step, batch = results["case"], results["seconds_per_step"], results["batch"]
+    rows = [
+        ("time per step against the same graph without the identity", f"{results['overhead']:+.1%}", "at most +3 %"),
+        ("time per step against diffusers' pipeline", f"{results['ratio_to_diffusers']:.2f}", "at most 0.90"),
+        ("K' and V' kept per person (fp32, 4 tokens, and nobody's)", f"{results['bytes_per_person'] / 1e6:.2f} MB",
+         "under 1 MB"),
+        *((f"time per person, {people} in a batch, against one alone", f"{seconds / batch['1']:.2f}", "at most 1")
+          for people, seconds in batch.items() if people != "1"),
+        ("difference of the latents from diffusers' (relative RMS)", f"{results['difference']:.0e}", "the same parts"),
+    ]
+    return "\n".join([
+        heading(results),
+        f"SD1.5, {case['size']} pixels, {case['dtype']}. Processor seconds per step: plain {step['plain']:.2f}, with "
+        f"identity {step['ours']:.2f}, diffusers {step['diffusers']:.2f}.\n",
+        "| what | measured | goal |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows), "",
+    ])
+
+
+def gpu(results: dict) -> str:
+    rows = ["| case | people | compiled | images/s | peak | against plain | against diffusers |",
+            "|---|---|---|---|---|---|---|"]
+    for r in results["cases"]:
+        case = r["case"]
+        name = f"{case['base']} {case['size']} px, {case['steps']} steps, {case['dtype']}"
+        name += "" if case["content"] else ", no content ControlNet"
+        rate, peak = r["images_per_second"]["ours"], r["peak_bytes"]["ours"] / 1e9
+        rows.append(f"| {name} | {r['people']} | {'yes' if r['compiled'] else 'no'} | {rate:.2f} | {peak:.1f} GB "
+                    f"| {r['overhead']:+.1%} | {r['ratio_to_diffusers']:.2f} |")
+    return "\n".join([heading(results), *rows, ""])
+
+
+def heading(results: dict) -> str:
+    parts = [results["date"], results["gpu"] or results["machine"], f"torch {results['torch']}",
+             f"{results['threads']} thread(s)", results["note"]]
+    return ", ".join(part for part in parts if part) + ".\n"
