@@ -103,11 +103,11 @@ def _write(path: Path, write: Callable) -> None:
     os.replace(partial, path)
 
 
-def export_portraits(folder: Path, people: int, views: int, split: str = "train") -> None:
+def export_portraits(folder: Path, people: int, views: int, split: str = "train", size: int = PORTRAIT) -> None:
     """Drawn portraits as PNG files folder/PERSON/VIEW.png, as a data set of photos would lie."""
     for person in range(people):
         seeds = torch.full((views,), SPLITS[split].start + person), torch.arange(views)
-        pixels = (render(*seeds, size=PORTRAIT).image * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        pixels = (render(*seeds, size=size).image * 255).round().byte().permute(0, 2, 3, 1).numpy()
         place = folder / f"{person:04d}"
         place.mkdir(parents=True, exist_ok=True)
         for view, one in enumerate(pixels):

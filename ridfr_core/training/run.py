@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapter import IdentityAdapter, lora_of
 from ..checkpoints import expect, read
-from ..content import PREFIX, ContentSpec, controlnet_to_ldm
+from ..content import PREFIX, ContentSpec, controlnet_to_ldm, understand
 from ..nano import WEIGHTS
 from .base import Base, load_base
 from .files import write_whole
@@ -89,14 +89,13 @@ def load_content(where: str, base: Base) -> tuple[nn.Module, ContentSpec]:
     Raises CheckpointError: not a content ControlNet, or one of another base.
     """
     path = WEIGHTS / "content_controlnet.safetensors" if where == "nano" else Path(where)
-    state, metadata = read(path)
-    spec = ContentSpec.from_metadata(metadata)
-    if spec.kind == "pixel":
-        expect(state, "content-controlnet", path.name)
+    state, spec = understand(*read(path), path.name)
+    if spec.kind not in LQ_CHANNELS:
+        raise TrainingError(f"'{path.name}' takes the face as a hint: use one that takes it beside the noisy latent.")
     if spec.base != base.name:
         raise TrainingError(f"'{path.name}' is made for {spec.base}, but the base is {base.name}: use one made for it.")
     content = build_content(base.unet, LQ_CHANNELS[spec.kind])
-    content.load_state_dict(from_ldm(content, controlnet_to_ldm, controlnet_to_ldm(state)))
+    content.load_state_dict(from_ldm(content, controlnet_to_ldm, state))
     return content, spec
 
 

@@ -1,0 +1,96 @@
+"""How fast training is at SD1.5's full size, on random weights: a content stage, then Alignment Learning on its result.
+
+`python -m tools.bench_training --work FOLDER` writes `benchmarks/training.json`. FOLDER gets about 8 GB: base, adapter,
+runs. Each stage is first stopped halfway and goes on from its checkpoint, as a user's run would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ridfr_core.training.base import load_base
+from ridfr_core.training.networks import build_adapter
+from ridfr_core.training.portrait_data import export_portraits
+from ridfr_core.training.run import load_content, run
+from ridfr_core.training.settings import read_settings
+
+from .bench import FOLDER, machine
+from .bench_sides import SD15
+from .steps import say
+
+NANO_CLIP = 128  # width of the nano CLIP's features, which stands for ViT-H here: features are computed ahead
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench_training", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for weights, portraits and runs")
+    parser.add_argument("--steps", type=int, default=20, help="of each stage (default: %(default)s)")
+    parser.add_argument("--resolution", type=int, default=512, help="of the photos (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="photos per step (default: %(default)s)")
+    parser.add_argument("--widths", type=int, nargs=4, default=(320, 640, 1280, 1280),
+                        help="of the UNet; smaller ones to try it out")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the result goes (default: %(default)s)")
+    parser.add_argument("--note", default="", help="what the reader must know of the machine, as that it was busy")
+    options = parser.parse_args()
+    work, base = options.work, options.work / "base"
+    if not (work / "adapter.safetensors").exists():
+        say("writing random weights and drawing portraits")
+        write_base(base, tuple(options.widths))
+        adapter = build_adapter(load_base(str(base)).unet, dim=SD15["cross_attention_dim"], clip_dim=NANO_CLIP)
+        save_file(adapter.state_dict(), work / "adapter.safetensors")
+        export_portraits(work / "photos", 6, 2, size=options.resolution)
+    content, content_result = measure("content", options, [])
+    given = [f"content={content}", f"adapter={work / 'adapter.safetensors'}", "face_model=nano", "clip_vision=nano",
+             f"reference_sizes=[{options.resolution}, {options.resolution // 8}]", "validation_people=1"]
+    aligned, align_result = measure("align", options, given)
+    load_content(str(aligned), load_base(str(base)))
+    result = machine(options.note) | {"resolution": options.resolution, "batch": options.batch,
+                                      "widths": list(options.widths), "content": content_result, "align": align_result}
+    options.folder.mkdir(exist_ok=True)
+    (options.folder / "training.json").write_text(json.dumps(result, indent=1) + "\n")
+    say(f"wrote {options.folder / 'training.json'}")
+
+
+def write_base(folder: Path, widths: tuple[int, ...]) -> None:
+    """A diffusers folder of SD1.5 with random weights; its text encoder has one layer, for it is only asked once."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=64, block_out_channels=widths, attention_head_dim=8, **SD15)
+    unet.save_pretrained(folder / "unet")
+    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    vae.save_pretrained(folder / "vae")
+    text = CLIPTextConfig(hidden_size=SD15["cross_attention_dim"], num_hidden_layers=1, num_attention_heads=12)
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    schedule.save_pretrained(folder / "scheduler")
+
+
+def measure(stage: str, options: argparse.Namespace, more: list[str]) -> tuple[Path, dict]:
+    """Train half of the steps, and from the checkpoint the other half, which is timed."""
+    out, half = options.work / stage, options.steps // 2
+    for steps in (half, options.steps):
+        path = run(stage, read_settings(stage, None, [
+            f"data={options.work / 'photos'}", f"base={options.work / 'base'}", f"out={out}", f"steps={steps}",
+            f"resolution={options.resolution}", f"batch={options.batch}", f"save_every={half}", "validate_every=0",
+            "warmup=5", "keep=1", *more]))
+    first, last = (json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[-2:])
+    seconds = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_reserved()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return path, {"steps": options.steps, "seconds_per_step": round(seconds, 3), "loss": last["loss"],
+                  "peak_memory_gib": round(peak / 2**30, 2)}
+
+
+if __name__ == "__main__":
+    main()
