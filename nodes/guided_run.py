@@ -224,9 +224,10 @@ class Run:
                 "or restore smaller pictures."
             )
         note = f"Out of memory with the decode mode {self.mode!r}: going on with {cheaper[0]!r}."
-        logging.warning(note)
-        self.record.notes.append(note)
-        self._tell(note)
+        if note not in self.record.notes:
+            logging.warning(note)
+            self.record.notes.append(note)
+            self._tell(note)
         self._decode_by(cheaper[0])
 
     def _tell(self, text: str) -> None:

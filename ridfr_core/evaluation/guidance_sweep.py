@@ -1,0 +1,210 @@
+"""What ID-preserving sampling does at nano scale: step size x iterations x range x decode mode, on held-out people."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..faces import align
+from ..guidance import DECODE_MODES, Ascent, FaceSimilarity, GuidedFace, guide, guided_face
+from ..metrics import Interval, bootstrap, psnr, similarity
+from ..nano.config import LATENT_SCALE
+from ..recognition import embed
+from ..training import clip_vision
+from .held_out import BATCH, HeldOut, Method
+from .nano_report import markdown
+from .restorer import Restorer
+from .shipped import nano_adapter, nano_restorer, nano_tower
+
+ARMS = {False: "blind content", True: "identity adapter"}
+MEASURES = ("judge", "guiding", "psnr")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the sweep. adapter: with the identity adapter, or blind content alone; step: relative to the noise's
+    RMS, 0 is no guidance; start, end: of the run, 0 to 1; decode: a key of DECODE_MODES."""
+
+    adapter: bool
+    step: float = 0.0
+    iterations: int = 1
+    start: float = 0.0
+    end: float = 1.0
+    decode: str = "face"
+
+
+@dataclass(frozen=True)
+class Guided(Restorer):
+    """A Restorer whose predictions are guided by `ascend` towards `faces`, as the node does it, while t is in `range`
+    (first, last)."""
+
+    ascend: Ascent
+    faces: Sequence[GuidedFace]
+    range: tuple[float, float]
+    alphas: Tensor
+
+    def _predict(self, z, t, context, residuals, identity):
+        v = super()._predict(z, t, context, residuals, identity)
+        if not self.range[0] >= t >= self.range[1]:
+            return v
+        signal, noise = self.alphas[t].sqrt(), (1 - self.alphas[t]).sqrt()
+        sigma = (noise / signal).expand(len(z))
+        z0, _ = guide(self.ascend, z / signal, signal * z - noise * v, sigma, self.faces)
+        return (signal * z - z0) / noise
+
+
+class Picture(nn.Module):
+    """The VAE's decoder as guidance takes it: latents at unit variance to pictures in [0,1]."""
+
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z / LATENT_SCALE).sample / 2 + 0.5
+
+
+class Sweep:
+    """Restores the first `people` of the test split in every cell, with `seeds` start noises each; what was measured
+    stays in the work folder."""
+
+    def __init__(self, work: Path, people: int, seeds: int, steps: int = 20):
+        self.bench, self.seeds, self.cache = HeldOut(work, people, 1, steps), range(seeds), work / "guidance"
+        self.method = Method(nano_restorer(), nano_adapter(), nano_tower())
+        self.key = self.method.fingerprint()
+        bench, rows = self.bench, self.bench.references[:, 0]
+        photos, landmarks = bench.portraits.batch(rows), bench.portraits.landmarks[rows]
+        with torch.no_grad():
+            self.references = embed(bench.recogniser, align(photos, landmarks))
+            self.truth = {"judge": bench.judged(bench.truth, bench.landmarks),
+                          "guiding": embed(bench.recogniser, align(bench.truth, bench.landmarks))}
+            clip = clip_vision.features(self.method.tower, photos, landmarks)
+            self.tokens = self.method.adapter.tokens(self.references, clip)
+        self.alphas = torch.cumprod(1 - torch.tensor(np.linspace(
+            self.method.restorer.schedule["beta_start"] ** 0.5, self.method.restorer.schedule["beta_end"] ** 0.5,
+            self.method.restorer.schedule["num_train_timesteps"]) ** 2), 0).float()
+
+    def measure(self, cell: Cell) -> dict[str, Tensor]:
+        """Similarity to the truth by the judge and by the guiding recogniser, and PSNR: each [P], over the seeds."""
+        parts = [self._measure(cell, seed) for seed in self.seeds]
+        return {name: torch.stack([part[name] for part in parts]).mean(0) for name in MEASURES}
+
+    def _measure(self, cell: Cell, seed: int) -> dict[str, Tensor]:
+        bench = self.bench
+        said = json.dumps([self.key, asdict(cell), seed, bench.people, bench.steps])
+        path = self.cache / f"{hashlib.sha256(said.encode()).hexdigest()[:16]}.npz"
+        if not path.exists():
+            images = self._restore(cell, seed)
+            with torch.no_grad():
+                seen = {"judge": bench.judged(images, bench.landmarks),
+                        "guiding": embed(bench.recogniser, align(images, bench.landmarks))}
+            measured = {name: similarity(seen[name], self.truth[name]) for name in seen}
+            measured["psnr"] = psnr(images, bench.truth)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                np.savez(file, **{name: value.numpy() for name, value in measured.items()})
+            partial.replace(path)
+        stored = np.load(path)
+        return {name: torch.from_numpy(stored[name]) for name in MEASURES}
+
+    def _restore(self, cell: Cell, seed: int) -> Tensor:
+        """Restored faces [P,3,S,S]; a person's start noise is the same in every cell."""
+        images = []
+        for who in torch.arange(self.bench.people).split(BATCH):
+            with torch.no_grad():
+                identity = self.method.adapter.keys_values(self.tokens[who]) if cell.adapter else None
+            restorer = self._restorer(cell, who)
+            seeds = who + seed * 10_000
+            images.append(restorer.restore(self.bench.lq[who], identity, steps=self.bench.steps, seeds=seeds))
+        return torch.cat(images)
+
+    def _restorer(self, cell: Cell, who: Tensor) -> Restorer:
+        plain = self.method.restorer
+        if cell.step == 0:
+            return plain
+        bench, mode = self.bench, DECODE_MODES[cell.decode]
+        similarity = FaceSimilarity(Picture(plain.vae), bench.recogniser)
+        ascend = Ascent(similarity, cell.step, iterations=cell.iterations, checkpointed=mode.checkpointed)
+        size = tuple(side // 8 for side in bench.truth.shape[-2:])
+        faces = [guided_face(bench.lq[i], bench.landmarks[i], self.references[[i]], size, whole=mode.whole)
+                 for i in who]
+        fields = {name: getattr(plain, name) for name in Restorer.__dataclass_fields__}
+        return Guided(**fields, ascend=ascend, faces=faces, range=(999 * (1 - cell.start), 999 * (1 - cell.end)),
+                      alphas=self.alphas)
+
+
+def cells(steps: Iterable[float], iterations: Iterable[int], ranges: Iterable[tuple[float, float]],
+          decodes: Iterable[str]) -> list[Cell]:
+    """The grid for both arms, each without guidance first."""
+    return [cell for adapter in ARMS for cell in (
+        Cell(adapter), *(Cell(adapter, step, n, *part, decode)
+                         for decode, part, n, step in product(decodes, ranges, iterations, steps)))]
+
+
+def row(cell: Cell, measured: dict[str, Tensor], plain: dict[str, Tensor]) -> list[str]:
+    """A table's row; the differences are to the same arm without guidance, with 95 % intervals over people."""
+    name = [ARMS[cell.adapter], "none", "", "", ""] if cell.step == 0 else \
+        [ARMS[cell.adapter], f"{cell.step:g}", str(cell.iterations), f"{cell.start:g} to {cell.end:g}", cell.decode]
+    values = [f"{measured[m].mean():.3f}" for m in ("judge", "guiding")] + [f"{measured['psnr'].mean():.2f}"]
+    if cell.step == 0:
+        return [*name, *values, "", "", "", ""]
+    rise = {m: gain(measured[m], plain[m]) for m in MEASURES}
+    gap = bootstrap(measured["guiding"] - plain["guiding"], measured["judge"] - plain["judge"],
+                    statistic=lambda a, b: a - b)
+    return [*name, *values, *(str(rise[m]) for m in MEASURES), str(gap)]
+
+
+def gain(measured: Tensor, plain: Tensor) -> Interval:
+    """The mean difference, paired by people."""
+    return bootstrap(measured, plain, statistic=lambda a, b: a - b)
+
+
+HEAD = ["arm", "step size", "iterations", "range", "decode", "judge", "guiding", "PSNR", "judge, gain [95 %]",
+        "guiding, gain [95 %]", "PSNR, gain in dB [95 %]", "gap: guiding's gain minus judge's [95 %]"]
+
+
+def write(work: Path, out: Path, people: int, seeds: int, points: Sequence[Cell], command: str) -> None:
+    """Measure the cells and write guidance_sweep.md, .json and .png into `out`."""
+    sweep, measured, rows = Sweep(work, people, seeds), {}, []
+    for number, cell in enumerate(points, 1):
+        measured[cell] = sweep.measure(cell)
+        rows.append(row(cell, measured[cell], measured[Cell(cell.adapter)]))
+        print(f"{number}/{len(points)}", *rows[-1], sep=" | ", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    text = (f"# The sweep\n\n`{command}`\n\n{people} people that no network has seen, {seeds} start noises each. "
+            "*judge*: similarity to the true face by a recogniser that shares neither architecture nor training people "
+            "with the one that guides; *guiding*: by the latter.\n\n")
+    (out / "guidance_sweep.md").write_text(text + markdown(HEAD, rows) + "\n\n![the sweep](guidance_sweep.png)\n",
+                                           encoding="utf-8")
+    data = [{**asdict(cell), **{name: values.tolist() for name, values in found.items()}}
+            for cell, found in measured.items()]
+    (out / "guidance_sweep.json").write_text(json.dumps(data) + "\n", encoding="utf-8")
+    plot(measured, out / "guidance_sweep.png")
+
+
+def plot(measured: dict[Cell, dict[str, Tensor]], path: Path) -> None:
+    """Both recognisers' similarity over the step size: a panel for each arm, a line for each number of iterations, over
+    the first range and decode mode."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), dpi=110, layout="constrained")
+    guided = [cell for cell in measured if cell.step]
+    for axes, (adapter, title) in zip(figure.subplots(1, 2, sharey=True), ARMS.items()):
+        for i, iterations in enumerate(dict.fromkeys(cell.iterations for cell in guided)):
+            first = guided[0]
+            line = [Cell(adapter)] + [
+                cell for cell in guided if (cell.adapter, cell.iterations, cell.start, cell.end, cell.decode)
+                == (adapter, iterations, first.start, first.end, first.decode)]
+            for name, style in (("judge", "-"), ("guiding", "--")):
+                axes.plot([cell.step for cell in line], [measured[cell][name].mean() for cell in line], style,
+                          color=f"C{i}", marker="o", label=f"{name}, {iterations} iterations")
+        axes.set(title=title, xlabel="step size, relative to the noise", ylabel="similarity to the true face")
+        axes.legend(fontsize=8)
+    figure.savefig(path)
