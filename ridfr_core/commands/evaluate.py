@@ -59,6 +59,7 @@ def describe_nano(nano: argparse.ArgumentParser) -> None:
     report.add_argument("--guidance", type=float, nargs="+", default=(1.0, 2.5),
                         help="on the identity (default: 1 2.5)")
     report.add_argument("--content-steps", type=int, help="of each arm's content stage (default: as the bundle)")
+    report.add_argument("--out", type=Path, help="file of the report (default: ridfr_core/nano/REPORT.md)")
     report.add_argument("--align-steps", type=int, help="of each arm's finetuning (default: as the bundle)")
 
 
@@ -120,7 +121,7 @@ def run_report(options: argparse.Namespace) -> None:
                f"{options.people} --references {options.references} --steps {options.steps} --seeds {options.seeds} "
                f"--guidance {guidance} --content-steps {content_steps} --align-steps {align_steps}")
     nano_report.write(options.work, options.tables, options.people, options.references, options.steps, options.seeds,
-                      options.guidance, content_steps, align_steps, command)
+                      options.guidance, content_steps, align_steps, command, options.out or nano_report.REPORT)
 
 
 def run_guidance(options: argparse.Namespace) -> None:

@@ -58,6 +58,7 @@ class HeldOut:
 
     def __init__(self, work: Path, people: int, references: int, steps: int, weights: Path = WEIGHTS):
         self.people, self.steps, self.cache = people, steps, work / "arms" / "measured"
+        self.features: dict[tuple[nn.Module, int], tuple[Tensor, Tensor]] = {}
         self.portraits = portrait_set(work, "test", people, 1 + references)
         self.recogniser = load_face_model(weights / "insightface" / "models" / "nano").recogniser
         self.judge = load_face_model(weights / "insightface" / "models" / "nano_judge").recogniser
@@ -110,6 +111,8 @@ class HeldOut:
     def _restore(self, method: Method, references: Tensor | None, guidance: float, shrink: int) -> Measured:
         count = 1 if references is None else references.shape[1]
         people, images = torch.arange(self.people).repeat_interleave(count), []
+        how = "blindly" if references is None else f"with guidance {guidance:g}"
+        print(f"restoring {len(people)} faces {how}", flush=True)
         for part in torch.arange(len(people)).split(BATCH):
             identity, nobody = None, None
             if references is not None:
@@ -121,13 +124,23 @@ class HeldOut:
 
     @torch.no_grad()
     def _keys_values(self, method: Method, rows: Tensor, shrink: int) -> list[tuple[Tensor, Tensor]]:
-        images, landmarks = self.portraits.batch(rows), self.portraits.landmarks[rows]
-        if shrink > 1:
-            small = F.interpolate(images, scale_factor=1 / shrink, mode="area")
-            images = F.interpolate(small, size=images.shape[-2:], mode="bicubic").clamp(0, 1)
-        embeddings = embed(self.recogniser, align(images, landmarks))
-        clip = clip_vision.features(method.tower, images, landmarks)
-        return method.adapter.keys_values(method.adapter.tokens(embeddings, clip))
+        embeddings, clip = self._features(method.tower, shrink)
+        return method.adapter.keys_values(method.adapter.tokens(embeddings[rows], clip[rows]))
+
+    @torch.no_grad()
+    def _features(self, tower: nn.Module, shrink: int) -> tuple[Tensor, Tensor]:
+        """Unit embeddings [N,512] and CLIP features [N,T,D] of all portraits; every arm reads the same."""
+        if (tower, shrink) not in self.features:
+            parts = []
+            for rows in torch.arange(len(self.portraits)).split(BATCH):
+                images, landmarks = self.portraits.batch(rows), self.portraits.landmarks[rows]
+                if shrink > 1:
+                    small = F.interpolate(images, scale_factor=1 / shrink, mode="area")
+                    images = F.interpolate(small, size=images.shape[-2:], mode="bicubic").clamp(0, 1)
+                parts.append((embed(self.recogniser, align(images, landmarks)),
+                              clip_vision.features(tower, images, landmarks)))
+            self.features[tower, shrink] = tuple(map(torch.cat, zip(*parts)))
+        return self.features[tower, shrink]
 
     @torch.no_grad()
     def _nobody(self, method: Method, count: int) -> list[tuple[Tensor, Tensor]]:

@@ -261,7 +261,7 @@ def plot(curves: dict[float, list[tuple[float, float, float]]], path: Path) -> N
 
 
 def write(work: Path, names: Sequence[str], people: int, references: int, steps: int, seeds: int,
-          guidances: Sequence[float], content_steps: int, align_steps: int, command: str) -> None:
+          guidances: Sequence[float], content_steps: int, align_steps: int, command: str, path: Path = REPORT) -> None:
     """Train the arms that are missing in `work`, measure, and write the report; see NanoReport."""
     from ..training.nano import NanoTraining
     from ..training.nano_shipped import adopt
@@ -270,4 +270,4 @@ def write(work: Path, names: Sequence[str], people: int, references: int, steps:
     adopt(work)
     shipped = Method(nano_restorer(), nano_adapter(), nano_tower())
     arms = Arms(NanoTraining(work), content_steps, align_steps)
-    NanoReport(HeldOut(work, people, references, steps), shipped, arms, seeds, guidances).write(names, command)
+    NanoReport(HeldOut(work, people, references, steps), shipped, arms, seeds, guidances, path).write(names, command)

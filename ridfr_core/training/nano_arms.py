@@ -64,5 +64,6 @@ class Arms:
 
 
 def of_length(recipe: Recipe, steps: int, seed: int) -> Recipe:
-    """The recipe with another seed and number of steps; a short run warms up over its first third."""
-    return replace(recipe, steps=steps, seed=seed, warmup=max(1, min(recipe.warmup, steps // 3)))
+    """The recipe with another seed and number of steps; a shorter run warms up over its first third."""
+    warmup = recipe.warmup if steps >= recipe.steps else max(1, min(recipe.warmup, steps // 3))
+    return replace(recipe, steps=steps, seed=seed, warmup=warmup)
