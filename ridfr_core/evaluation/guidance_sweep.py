@@ -134,7 +134,7 @@ class Sweep:
         ascend = Ascent(similarity, cell.step, iterations=cell.iterations, checkpointed=mode.checkpointed)
         size = tuple(side // 8 for side in bench.truth.shape[-2:])
         faces = [guided_face(bench.lq[i], bench.landmarks[i], self.references[[i]], size, whole=mode.whole)
-                 for i in who]
+                 for i in who.tolist()]
         fields = {name: getattr(plain, name) for name in Restorer.__dataclass_fields__}
         return Guided(**fields, ascend=ascend, faces=faces, range=(999 * (1 - cell.start), 999 * (1 - cell.end)),
                       alphas=self.alphas)
