@@ -170,19 +170,21 @@ def test_a_range_without_a_step_is_no_change_to_the_bit(guided, nano, sample):
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
-@pytest.mark.parametrize("sampler", ["uni_pc_bh2", "uni_pc", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpm_2"])
+@pytest.mark.parametrize("sampler", ["uni_pc_bh2", "euler", "heun", "dpmpp_2m", "dpmpp_sde"])
 def test_solvers(guided, nano, sample, sampler, cfg):
     model, record = guided()
-    first, again, plain = (
-        sample(m, nano.prompt, steps=3, sampler=sampler, cfg=cfg) for m in (model, model, nano.model)
-    )
-    assert torch.equal(first, again) and not torch.equal(first, plain) and first.isfinite().all()
-    assert list(record.similarity) == [0, 1, 2] and record.steps == 3 and record.faces == [1, 2]
+    moved, plain = (sample(m, nano.prompt, steps=2, sampler=sampler, cfg=cfg) for m in (model, nano.model))
+    assert moved.isfinite().all() and not torch.equal(moved, plain)
+    assert list(record.similarity) == [0, 1] and record.steps == 2 and record.faces == [1, 2]
 
 
-@pytest.mark.parametrize("sampler", ["dpm_fast", "dpm_adaptive"])
-def test_solvers_with_steps_of_their_own(guided, nano, sample, sampler):
-    assert sample(guided()[0], nano.prompt, steps=3, sampler=sampler).isfinite().all()
+def test_the_same_again(guided, nano, sample):
+    model = guided()[0]
+    assert torch.equal(sample(model, nano.prompt), sample(model, nano.prompt))
+
+
+def test_a_solver_with_steps_of_its_own(guided, nano, sample):
+    assert sample(guided()[0], nano.prompt, steps=3, sampler="dpm_fast").isfinite().all()
 
 
 def test_each_picture_has_its_person(guided, nano, sample, people):

@@ -1,0 +1,55 @@
+"""The sweep over held-out people: its grid, its rows, and the guided prediction in diffusers' loop."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ridfr_core.evaluation.guidance_sweep import HEAD, MEASURES, Cell, Guided, cells, row
+from ridfr_core.evaluation.restorer import Restorer
+from ridfr_core.guidance import guided_face
+
+LANDMARKS = torch.tensor([[22.0, 28], [42, 28], [32, 38], [25, 48], [39, 48]])
+
+
+def guided(v, ascend, part, alphas):
+    """A Guided whose network predicts v."""
+    unet = lambda *args, **kwargs: SimpleNamespace(sample=v)  # noqa: E731
+    fields = dict.fromkeys(Restorer.__dataclass_fields__) | {"unet": unet}
+    face = guided_face(torch.zeros(3, 64, 64), LANDMARKS, torch.ones(1, 512), (8, 8), whole=True)
+    return Guided(**fields, ascend=ascend, faces=[face, None], range=part, alphas=alphas)
+
+
+@pytest.mark.parametrize("t", [900, 400])
+def test_the_predicted_v_follows_the_moved_noise(t):
+    """Moving eps by d moves v by d * d(v)/d(eps) at fixed z: v = (eps - sqrt(1 - abar) z) / sqrt(abar)."""
+    alphas = torch.linspace(0.999, 0.01, 1000)
+    g = torch.Generator().manual_seed(0)
+    z, v, move = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(3))
+    restorer = guided(v, lambda eps, x, sigma, face: (eps + move[:1], torch.zeros(1)), (999.0, 0.0), alphas)
+    moved = restorer._predict(z, torch.tensor(t), None, (None, None), None)
+    torch.testing.assert_close(moved[0], v[0] + move[0] / alphas[t].sqrt(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moved[1], v[1], rtol=1e-4, atol=1e-5)
+
+
+def test_outside_its_range_nothing_is_guided():
+    v = torch.randn(2, 4, 8, 8)
+    restorer = guided(v, None, (600.0, 300.0), torch.ones(1000))
+    for t in (601, 299):
+        assert restorer._predict(v, torch.tensor(t), None, (None, None), None) is v
+
+
+def test_the_grid():
+    grid = cells((0.1, 0.2), (1, 2), ((0.0, 1.0), (0.5, 1.0)), ("face",))
+    assert len(grid) == len(set(grid)) == 2 * (1 + 8)
+    assert [cell.step for cell in grid].count(0.0) == 2 and grid[0] == Cell(adapter=False)
+
+
+def test_rows():
+    plain = {name: F.normalize(torch.arange(1.0, 9), dim=0) for name in MEASURES}
+    better = {name: values + 0.1 for name, values in plain.items()}
+    assert len(row(Cell(True), plain, plain)) == len(HEAD)
+    values = row(Cell(True, 0.1), better, plain)
+    assert len(values) == len(HEAD) and values[8] == "0.100 [0.100, 0.100]"
+    assert values[-1].replace("-0.000", "0.000") == "0.000 [0.000, 0.000]"
