@@ -100,7 +100,8 @@ def find_photos(folder: Path, resolution: int, cache: Path) -> tuple[Photos, dic
 
     with ThreadPoolExecutor() as pool:
         found = dict(pool.map(look, files))
-    write_whole(index, lambda partial: partial.write_text(json.dumps(found), encoding="utf-8"))
+    if found != known:
+        write_whole(index, lambda partial: partial.write_text(json.dumps(found), encoding="utf-8"))
     skipped = {name: row["wrong"] for name, row in found.items() if row["wrong"]}
     good = [name for name in found if name not in skipped]
     if not good:

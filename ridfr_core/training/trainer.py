@@ -59,7 +59,9 @@ class Trainer:
         self.parameters = [p for p in stage.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay)
         name = {"constant": "constant_with_warmup", "cosine": "cosine"}[settings.schedule]
-        self.rate = get_scheduler(name, optimizer, settings.warmup, settings.steps)
+        self.rate = get_scheduler(
+            name, optimizer, num_warmup_steps=settings.warmup, num_training_steps=settings.steps
+        )
         self.stage, self.optimizer = accelerator.prepare(stage, optimizer)
         self.ema, self.progress = EMAModel(self.parameters, decay=settings.ema), Progress()
         accelerator.register_for_checkpointing(self.rate, self.ema, self.progress)
@@ -90,7 +92,7 @@ class Trainer:
         self.ema.copy_to(self.parameters)
 
     def _step(self, batches) -> dict[str, float]:
-        """One step of the optimiser; returns the losses, averaged over the whole batch."""
+        """One step of the optimiser; returns the losses, averaged over the whole batch, and the gradient's norm."""
         accelerator, parts = self.accelerator, []
         for _ in range(self.settings.accumulate):
             batch = {name: value.to(accelerator.device) for name, value in next(batches).items()}
@@ -98,22 +100,27 @@ class Trainer:
                 losses = self.stage(batch)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
+                    norm = accelerator.clip_grad_norm_(self.parameters, self.settings.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             parts.append(torch.stack([value.detach().float() for value in losses.values()]))
-        mean = accelerator.reduce(torch.stack(parts).mean(0), reduction="mean")
-        found = dict(zip(losses, mean.tolist()))
-        if not all(map(math.isfinite, found.values())):
-            last = self._newest()
-            raise TrainingError(
-                f"The loss is {found['loss']} at step {self.progress.step}, with the learning rate "
-                f"{self.rate.get_last_lr()[0]:g}; the last good checkpoint is {last or 'none yet'}: try a lower lr, or "
-                "precision=bf16 instead of fp16."
-            )
+        values = accelerator.reduce(torch.stack([*torch.stack(parts).mean(0), norm.detach()]), reduction="mean")
+        found = dict(zip([*losses, "gradient"], values.tolist()))
+        self._stop_if_not_finite(found)
         self.rate.step()
         self.ema.step(self.parameters)
         return found
+
+    def _stop_if_not_finite(self, found: dict[str, float]) -> None:
+        """In fp16 an infinite gradient is normal: that step is left out and the loss scaled less."""
+        scaled = self.settings.precision == "fp16"
+        if all(math.isfinite(value) for name, value in found.items() if not (scaled and name == "gradient")):
+            return
+        raise TrainingError(
+            f"The loss is {found['loss']} and the gradient {found['gradient']} at step {self.progress.step}, with the "
+            f"learning rate {self.rate.get_last_lr()[0]:g}; the last good checkpoint is {self._newest() or 'none'}: "
+            "try a lower lr, or precision=bf16 instead of fp16."
+        )
 
     def _loader(self):
         accelerator, settings = self.accelerator, self.settings
@@ -164,4 +171,5 @@ class Trainer:
         newest = self._newest()
         if newest is not None:
             self.accelerator.load_state(str(newest))
+            self.ema.to(self.accelerator.device)
             self.accelerator.print(f"Going on from {newest}.")
