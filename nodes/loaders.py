@@ -13,6 +13,8 @@ from .content_control import content_control
 from .managed import ManagedAdapter, ManagedFaceModel, managed
 
 AUTO = "auto"
+RGB = "RGB (as insightface)"
+BGR = "BGR (as FaceMe's code)"
 
 
 class LoadNanoModels(io.ComfyNode):
@@ -61,6 +63,16 @@ class LoadFaceModel(io.ComfyNode):
                     tooltip="The folder to load. Use the same one that the identity adapter was made for: "
                     "buffalo_l for FaceID adapters. 'nano_judge' is for Compare Identity only.",
                 ),
+                io.Combo.Input(
+                    "colour_order",
+                    options=[RGB, BGR],
+                    default=RGB,
+                    optional=True,
+                    display_name="colour order",
+                    tooltip="How the recogniser sees colours. RGB is right for FaceID adapters and for comparing "
+                    "faces. FaceMe's published weights were trained with red and blue swapped, so they want BGR. "
+                    "Identities made with different orders don't mix.",
+                ),
             ],
             outputs=[
                 types.FaceModel.Output(
@@ -70,8 +82,8 @@ class LoadFaceModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pack: str) -> io.NodeOutput:
-        model = load_face_model(paths.face_model_folder(pack))
+    def execute(cls, pack: str, colour_order: str = RGB) -> io.NodeOutput:
+        model = load_face_model(paths.face_model_folder(pack), bgr=colour_order == BGR)
         return io.NodeOutput(ManagedFaceModel(model, managed(model.recogniser)))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 KINDS = {
@@ -15,6 +16,7 @@ KINDS = {
     "content-controlnet": "a content ControlNet (7 or 8 input channels, no hint encoder)",
     "controlnet": "an ordinary ControlNet (for the node Load ControlNet Model)",
     "sd-checkpoint": "a Stable Diffusion checkpoint (for the node Load Checkpoint)",
+    "recogniser": "an ArcFace recogniser that `ridfr convert` made from insightface's ONNX file",
     "lora": "a LoRA (for the node Load LoRA)",
     "unknown": "nothing this pack knows",
 }
@@ -22,6 +24,9 @@ SOURCES = {
     "identity-adapter": "get ip-adapter-faceid-plusv2_sd15.bin of h94/IP-Adapter-FaceID on Hugging Face, or use nano",
     "content-controlnet": "RIDFR's authors have published none, so train one, or use DiffBIR's v1_face.pth of "
     "lxq007/DiffBIR-v2 on Hugging Face (for SD2.1), or nano",
+    "recogniser": "run `ridfr convert w600k_r50.onnx` of insightface's buffalo_l, or use the ONNX file itself",
+    "lora": "get ip-adapter-faceid-plusv2_sd15_lora.safetensors of h94/IP-Adapter-FaceID on Hugging Face, or move the "
+    "file away to do without",
 }
 
 
@@ -78,6 +83,20 @@ def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:
     return flatten(content.get("state_dict", content) if isinstance(content, Mapping) else {})
 
 
+def write(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all. Raises CheckpointError if it cannot be written."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    own = {key: weight.clone().contiguous() for key, weight in state_dict.items()}  # it refuses shared memory
+    try:
+        save_file(own, partial, dict(metadata or {}))
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"'{path}' cannot be written ({error}): check the folder and the free space.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def flatten(nested: Mapping) -> dict[str, Tensor]:
     """{"a": {"b": tensor}} -> {"a.b": tensor}; values that are not tensors are left out."""
     flat = {}
@@ -103,6 +122,8 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
         return "controlnet" if hint or _controlnet_channels(state_dict) not in (7, 8) else "content-controlnet"
     if has("model.diffusion_model."):
         return "sd-checkpoint"
+    if {"stem.weight", "features.scale"} & state_dict.keys() and has("blocks."):
+        return "recogniser"
     if has("lora_down.", "lora.down.", "lora_A.", "_lora.down."):
         return "lora"
     return "unknown"

@@ -2,9 +2,9 @@
 
 import argparse
 
-from .commands import doctor, evaluate, train
+from .commands import convert, doctor, evaluate, train
 
-COMMANDS = {"doctor": doctor, "train": train, "evaluate": evaluate}
+COMMANDS = {"doctor": doctor, "train": train, "evaluate": evaluate, "convert": convert}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,23 +1,22 @@
 """ArcFace recognition in torch: one network for embeddings and for their gradients.
 
-insightface publishes its recognisers as ONNX, which cannot be differentiated. `load_iresnet` reads such a file into
-`IResNet`, the same network written in torch.
+insightface publishes its recognisers as ONNX, which cannot be differentiated. `load_iresnet` reads such a file, or the
+safetensors copy that `ridfr convert` makes of it, into `IResNet`, the same network written in torch.
 Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import checkpoints
+from .onnx_iresnet import FaceModelError, read_iresnet
+
 CROP_SIZE = 112
-
-
-class FaceModelError(ValueError):
-    """A face model's file or folder cannot be used; the message says which, why and what to do."""
 
 
 class Affine(nn.Module):
@@ -83,149 +82,36 @@ def embed(recogniser: nn.Module, crops: Tensor) -> Tensor:
 
 
 def load_iresnet(path: str | Path, operations: ModuleType | type = nn) -> IResNet:
-    """Read an ArcFace IResNet of any depth and width from insightface's ONNX file (w600k_r50, glintr100, ...).
+    """Read an ArcFace IResNet of any depth and width: insightface's ONNX file (w600k_r50, glintr100, ...) or a copy.
 
-    Batch norms that the exporter left behind a convolution are folded here.
-    Raises FaceModelError if the file cannot be parsed or its graph is another network.
+    Raises FaceModelError if an ONNX file cannot be parsed or its graph is another network, CheckpointError if a
+    safetensors file is damaged or incomplete.
     """
     path = Path(path)
-    state, layers, widths = _read_iresnet(_Graph(path))
+    if path.suffix == ".onnx":
+        state, layers, widths = read_iresnet(path)
+    else:
+        state, _ = checkpoints.read(path)
+        checkpoints.expect(state, "recogniser", path.name)
+        layers, widths = _stages(state, path.name)
     with torch.device("meta"):
         net = IResNet(layers, widths, embedding=len(state["features.scale"]), operations=operations)
-    expected = {key: tensor.shape for key, tensor in net.state_dict().items()}
-    if {key: tensor.shape for key, tensor in state.items()} != expected:
-        raise FaceModelError(f"{path.name} has the layers of an ArcFace IResNet but not its shapes (112x112 input, "
-                             "3x3 convolutions); use a recogniser such as buffalo_l's w600k_r50.onnx.")
+    if path.suffix != ".onnx":
+        checkpoints.check_tensors(state, net.state_dict(), "recogniser", path.name)
+    elif {key: tensor.shape for key, tensor in state.items()} != {k: w.shape for k, w in net.state_dict().items()}:
+        raise FaceModelError(
+            f"{path.name} has the layers of an ArcFace IResNet but not its shapes (112x112 input, 3x3 convolutions); "
+            "use a recogniser such as buffalo_l's w600k_r50.onnx."
+        )
     net.load_state_dict(state, assign=True)
     return net.eval().requires_grad_(False)
 
 
-class _Node(NamedTuple):
-    op: str
-    inputs: list[str]
-    output: str
-    attributes: dict
-
-
-class _Graph:
-    """An ONNX graph as a walk needs it: who reads a tensor, and the constants by name."""
-
-    def __init__(self, path: Path):
-        import onnx
-
-        self.name = path.name
-        try:
-            graph = onnx.load(str(path)).graph
-        except Exception as error:  # protobuf and onnx raise several kinds for a damaged file
-            raise FaceModelError(f"{path.name} cannot be read as ONNX ({error}); download it again.") from error
-        self.constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-        self.readers: dict[str, list[_Node]] = {}
-        for proto in graph.node:
-            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in proto.attribute}
-            node = _Node(proto.op_type, list(proto.input), proto.output[0], attributes)
-            if node.op == "Constant" and "value" in attributes:
-                self.constants[node.output] = onnx.numpy_helper.to_array(attributes["value"])
-            elif node.op in ("Identity", "Unsqueeze") and node.inputs[0] in self.constants:
-                # exporters share equal initialisers by the former; the latter only shapes PReLU's slopes
-                self.constants[node.output] = self.constants[node.inputs[0]]
-            for name in node.inputs:
-                self.readers.setdefault(name, []).append(node)
-        self.input = next(value.name for value in graph.input if value.name not in self.constants)
-        self.output = graph.output[0].name
-
-    def constant(self, name: str) -> Tensor:
-        if name not in self.constants:
-            raise self.error(f"{name} is computed, not stored")
-        return torch.from_numpy(self.constants[name].copy()).float()
-
-    def reader(self, tensor: str, *ops: str) -> _Node:
-        """The node of one of these kinds that reads a tensor; the shape arithmetic of a Reshape is passed over."""
-        found = [node for node in self.readers.get(tensor, []) if node.op in ops]
-        if not found:
-            kinds = ", ".join(node.op for node in self.readers.get(tensor, [])) or "nothing"
-            raise self.error(f"{kinds} stands where {' or '.join(ops)} should")
-        return found[0]
-
-    def reads(self, tensor: str, op: str) -> bool:
-        return any(node.op == op for node in self.readers.get(tensor, []))
-
-    def error(self, reason: str) -> FaceModelError:
-        return FaceModelError(f"{self.name} is not an ArcFace IResNet ({reason}); use a recogniser such as "
-                              "buffalo_l's w600k_r50.onnx or antelopev2's glintr100.onnx.")
-
-
-def _affine(graph: _Graph, node: _Node) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of a BatchNormalization node at inference."""
-    weight, bias, mean, variance = (graph.constant(name).double() for name in node.inputs[1:5])
-    scale = weight / torch.sqrt(variance + node.attributes.get("epsilon", 1e-5))
-    return scale.float(), (bias - mean * scale).float()
-
-
-def _conv(graph: _Graph, node: _Node) -> tuple[Tensor, Tensor, str]:
-    """(weight, bias, output name) of a Conv node, with the batch norm behind it folded in if there is one."""
-    weight = graph.constant(node.inputs[1])
-    bias = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else torch.zeros(len(weight))
-    if not graph.reads(node.output, "BatchNormalization"):
-        return weight, bias, node.output
-    norm = graph.reader(node.output, "BatchNormalization")
-    scale, shift = _affine(graph, norm)
-    return weight * scale.view(-1, 1, 1, 1), bias * scale + shift, norm.output
-
-
-def _read_iresnet(graph: _Graph) -> tuple[dict[str, Tensor], tuple[int, ...], tuple[int, ...]]:
-    """(state dict of IResNet, layers, widths), found by following the data from the graph's input to its output."""
-    state: dict[str, Tensor] = {}
-
-    def conv(key: str, node: _Node) -> str:
-        state[f"{key}.weight"], state[f"{key}.bias"], output = _conv(graph, node)
-        return output
-
-    def activate(key: str, tensor: str) -> str:
-        node = graph.reader(tensor, "PRelu")
-        state[f"{key}.weight"] = graph.constant(node.inputs[1]).flatten()
-        return node.output
-
-    def affine(key: str, tensor: str) -> str:
-        node = graph.reader(tensor, "BatchNormalization")
-        state[f"{key}.scale"], state[f"{key}.shift"] = _affine(graph, node)
-        return node.output
-
-    x = activate("stem_act", conv("stem", graph.reader(graph.input, "Conv")))
-    layers: list[int] = []
-    widths: list[int] = []
-    while graph.reads(x, "Add") or graph.reads(x, "Conv"):
-        key = f"blocks.{sum(layers)}"
-        first = graph.reads(x, "Conv")
-        if first:
-            conv(f"{key}.skip", graph.reader(x, "Conv"))
-        inner = conv(f"{key}.conv1", graph.reader(affine(f"{key}.norm", x), "Conv"))
-        second = graph.reader(activate(f"{key}.act", inner), "Conv")
-        if second.attributes.get("strides", [1, 1])[0] != (2 if first else 1):
-            raise graph.error("only the first block of a stage may stride")
-        x = graph.reader(conv(f"{key}.conv2", second), "Add").output
-        if first:
-            layers.append(0)
-            widths.append(len(state[f"{key}.conv2.weight"]))
-        if not layers:
-            raise graph.error("its first block has no strided skip")
-        layers[-1] += 1
-    _read_head(graph, state, affine("norm", x))
-    return state, tuple(layers), tuple(widths)
-
-
-def _read_head(graph: _Graph, state: dict[str, Tensor], x: str):
-    """Flatten, a linear layer (Gemm, or MatMul and Add), batch norm."""
-    linear = graph.reader(graph.reader(x, "Flatten", "Reshape").output, "Gemm", "MatMul")
-    weight = graph.constant(linear.inputs[1])
-    if linear.op == "MatMul":
-        add = graph.reader(linear.output, "Add")
-        bias = graph.constant(next(name for name in add.inputs if name != linear.output))
-        weight, x = weight.T, add.output
-    else:
-        bias, x = graph.constant(linear.inputs[2]), linear.output
-        weight = weight if linear.attributes.get("transB", 0) else weight.T
-    norm = graph.reader(x, "BatchNormalization")
-    state["linear.weight"], state["linear.bias"] = weight.contiguous(), bias
-    state["features.scale"], state["features.shift"] = _affine(graph, norm)
-    if norm.output != graph.output:
-        raise graph.error("something follows its last batch norm")
+def _stages(state: Mapping[str, Tensor], name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(layers, widths) of an IResNet's state: the first block of a stage has a convolution as its skip."""
+    blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    firsts = sorted({int(key.split(".")[1]) for key in state if ".skip." in key} | {0})
+    telling = [f"blocks.{i}.skip.weight" for i in firsts]
+    if missing := [key for key in (*telling, "features.scale") if key not in state]:
+        raise checkpoints.lacks(missing, "recogniser", name)
+    return tuple(b - a for a, b in zip(firsts, [*firsts[1:], blocks])), tuple(len(state[key]) for key in telling)

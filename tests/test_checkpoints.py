@@ -111,7 +111,11 @@ EXAMPLES = [
         "identity-adapter",
         tensors("image_proj.perceiver_resampler.proj_in.weight", "ip_adapter.0.to_q_lora.up.weight"),
     ),
+    ("identity-adapter", tensors("image_proj.latents", "ip_adapter.1.to_k_ip.weight")),
+    ("identity-adapter", tensors("image_proj.proj.2.weight", "image_proj.norm.weight", "ip_adapter.1.to_k_ip.weight")),
     ("ip-adapter", tensors("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight")),
+    ("ip-adapter", tensors("image_proj.proj.2.weight", "image_proj.proj.3.weight", "ip_adapter.1.to_k_ip.weight")),
+    ("recogniser", tensors("stem.weight", "features.scale", "blocks.0.conv1.weight")),
     ("content-controlnet", controlnet(7)),
     ("content-controlnet", controlnet(7, "control_model.")),
     (

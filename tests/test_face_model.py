@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from insightface.app import FaceAnalysis
 
+from ridfr_core import cli
 from ridfr_core.face_model import OnnxRecogniser, load_face_model
 from ridfr_core.faces import align
 from ridfr_core.nano import WEIGHTS
@@ -40,6 +41,33 @@ def test_untrained_pack_loads_in_both(pack):
 def test_folder_in_folder(pack, tmp_path):
     shutil.copytree(pack, tmp_path / "antelopev2" / "antelopev2")
     assert load_face_model(tmp_path / "antelopev2").digest == load_face_model(pack).digest
+
+
+def test_a_converted_recogniser_is_the_same(pack, tmp_path):
+    """`ridfr convert`, then the copy in the place of the ONNX file: same embeddings, same digest."""
+    shutil.copytree(pack, tmp_path / "copy")
+    cli.main(["convert", str(tmp_path / "copy" / "rec.onnx")])
+    (tmp_path / "copy" / "rec.onnx").unlink()
+    ours, theirs = load_face_model(tmp_path / "copy"), load_face_model(pack)
+    assert ours.digest == theirs.digest
+    crops = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(embed(ours.recogniser, crops), embed(theirs.recogniser, crops))
+
+
+@pytest.mark.parametrize("net", ["iresnet", "plain"])
+def test_bgr_swaps_the_channels(pack, tmp_path, net):
+    """As handing the network a picture whose red and blue are swapped; such identities don't mix with others."""
+    shutil.copytree(pack, tmp_path / "pack")
+    if net == "plain":
+        recogniser.export_onnx(recogniser.plain_net(), tmp_path / "pack" / "rec.onnx")
+    rgb, bgr = load_face_model(tmp_path / "pack"), load_face_model(tmp_path / "pack", bgr=True)
+    reddish = torch.tensor([1, 0.5, 0]).view(3, 1, 1)
+    crops = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * reddish
+    with torch.no_grad():
+        want = embed(rgb.recogniser, crops.flip(1))
+        error = (embed(bgr.recogniser, crops) - want).abs().max()
+        assert error < 1e-5 and (embed(rgb.recogniser, crops) - want).abs().max() > 50 * error
+    assert rgb.digest[:8] != bgr.digest[:8]
 
 
 @pytest.mark.parametrize("missing", ["det", "rec"])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from onnx import helper, numpy_helper
 
+from ridfr_core import checkpoints
 from ridfr_core.recognition import FaceModelError, IResNet, embed, load_iresnet
 from ridfr_core.training.recogniser import export_onnx, iresnet, plain_net
 
@@ -60,14 +61,19 @@ def test_small(small):
     assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_r50_at_real_size(tmp_path):
-    path = tmp_path / "r50.onnx"
-    export_onnx(randomise(iresnet((3, 4, 14, 3), (64, 128, 256, 512))), path)
+@pytest.mark.parametrize(
+    ("layers", "nodes", "size"),
+    [((3, 4, 14, 3), [53, 25, 26, 24], 43.6e6), ((3, 13, 30, 3), [103, 50, 51, 49], 65.2e6)],
+    ids=["R50", "R100"],
+)
+def test_at_real_size(tmp_path, layers, nodes, size):
+    """buffalo_l's and antelopev2's recogniser: Conv, PRelu, BatchNormalization and Add nodes as theirs."""
+    path = tmp_path / "real.onnx"
+    export_onnx(randomise(iresnet(layers, (64, 128, 256, 512))), path)
     kinds = [node.op_type for node in onnx.load(str(path)).graph.node]
-    # what insightface's R50 holds: 53 convolutions, 25 PReLU, 26 batch norms, 24 additions
-    assert [kinds.count(kind) for kind in ("Conv", "PRelu", "BatchNormalization", "Add")] == [53, 25, 26, 24]
+    assert [kinds.count(kind) for kind in ("Conv", "PRelu", "BatchNormalization", "Add")] == nodes
     net = assert_same(path)
-    assert sum(parameter.numel() for parameter in net.parameters()) > 43e6
+    assert sum(parameter.numel() for parameter in net.parameters()) == pytest.approx(size, rel=0.01)
 
 
 def test_unfolded_batch_norms(tmp_path):
@@ -131,8 +137,11 @@ def test_embed_gives_unit_length(small):
     torch.testing.assert_close(found, F.normalize(onnx_embedding(small, crops())), atol=1e-4, rtol=0)
 
 
-def test_gradient_against_finite_differences(small):
-    net = load_iresnet(small).double()
+@pytest.mark.parametrize("layers", [(1, 2, 1, 1), (3, 4, 14, 3), (3, 13, 30, 3)], ids=["small", "R50", "R100"])
+def test_gradient_against_finite_differences(tmp_path, layers):
+    """At the real depths, narrow."""
+    export_onnx(randomise(iresnet(layers, (8, 8, 16, 16))), tmp_path / "deep.onnx")
+    net = load_iresnet(tmp_path / "deep.onnx").double()
     image = crops(1).double().requires_grad_()
     target = F.normalize(torch.randn(1, 512, generator=torch.Generator().manual_seed(4), dtype=torch.double))
     (embed(net, image) * target).sum().backward()
@@ -171,3 +180,11 @@ def test_errors_say_what_and_where(kind, small, tmp_path):
         edit(small, path, lambda graph: replace(graph, "BatchNormalization", []))
     with pytest.raises(FaceModelError, match="bad.onnx"):
         load_iresnet(path)
+
+
+def test_every_missing_tensor_of_a_copy_is_named(small, tmp_path):
+    state = load_iresnet(small).state_dict()
+    for key in state:
+        checkpoints.write({k: w for k, w in state.items() if k != key}, tmp_path / "half.safetensors")
+        with pytest.raises(checkpoints.CheckpointError, match=f"'half.safetensors' lacks {key}, which"):
+            load_iresnet(tmp_path / "half.safetensors")

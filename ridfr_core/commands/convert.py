@@ -1,0 +1,35 @@
+"""Convert a recogniser (.onnx) or PyTorch weights (.bin, .pth, .ckpt) to safetensors, which holds no code."""
+
+import argparse
+from pathlib import Path
+
+
+def describe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="insightface's recogniser, an identity adapter or other weights")
+    parser.add_argument("out", type=Path, nargs="?", help="the new file (default: beside it, with .safetensors)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the file and say what it holds. Exit code: 0 written, 2 it was not, and a sentence says why."""
+    from .. import checkpoints
+    from ..face_model import SOURCE_DIGEST, digest_of
+    from ..recognition import load_iresnet
+
+    source = options.file
+    out = options.out or source.with_suffix(".safetensors")
+    if out.exists():
+        fail(f"{out} is there already: remove it, or name another file after {source}")
+    try:
+        if source.suffix == ".onnx" and source.is_file():
+            state, metadata = load_iresnet(source).state_dict(), {SOURCE_DIGEST: digest_of(source)}
+        else:
+            state, metadata = checkpoints.read(source)
+        checkpoints.write(state, out, metadata)
+    except ValueError as error:  # CheckpointError, FaceModelError: one sentence
+        fail(str(error))
+    print(f"{out}: {len(state)} tensors, {checkpoints.KINDS[checkpoints.kind_of(state)]}")
+
+
+def fail(message: str) -> None:
+    print(f"ridfr convert: {message}", flush=True)
+    raise SystemExit(2)

@@ -1,0 +1,82 @@
+"""`ridfr convert` for weights; tests/test_face_model.py has it for recognisers."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ridfr_core import cli
+
+STATE = {
+    "image_proj": {"latents": torch.rand(1, 2, 3), "proj_in.weight": torch.rand(3, 4)},
+    "ip_adapter": {"1.to_k_ip.weight": torch.rand(3, 3).half()},
+}
+
+
+def convert(*args):
+    cli.main(["convert", *map(str, args)])
+
+
+def test_an_adapters_pickle_becomes_safetensors(tmp_path, capsys):
+    torch.save(STATE, tmp_path / "adapter.bin")
+    convert(tmp_path / "adapter.bin")
+    state = load_file(tmp_path / "adapter.safetensors")
+    want = {f"{part}.{key}": weight for part, weights in STATE.items() for key, weight in weights.items()}
+    assert state.keys() == want.keys()
+    assert all(torch.equal(state[key], want[key]) and state[key].dtype == want[key].dtype for key in want)
+    assert "3 tensors, an identity adapter" in capsys.readouterr().out
+
+
+def test_shared_tensors_are_written_apart(tmp_path):
+    weight = torch.rand(4, 4)
+    torch.save({"a.weight": weight, "b.weight": weight, "c.weight": weight.T}, tmp_path / "x.pth")
+    convert(tmp_path / "x.pth", tmp_path / "y.safetensors")
+    state = load_file(tmp_path / "y.safetensors")
+    assert torch.equal(state["b.weight"], weight) and torch.equal(state["c.weight"], weight.T)
+
+
+def not_there(folder):
+    return [folder / "none.bin"]
+
+
+def taken(folder):
+    torch.save(STATE, folder / "a.bin")
+    (folder / "a.safetensors").write_text("mine")
+    return [folder / "a.bin"]
+
+
+def text(folder):
+    (folder / "a.bin").write_text("<html>")
+    return [folder / "a.bin"]
+
+
+def damaged_onnx(folder):
+    (folder / "a.onnx").write_bytes(b"<html>404</html>")
+    return [folder / "a.onnx"]
+
+
+def no_folder(folder):
+    torch.save(STATE, folder / "a.bin")
+    return [folder / "a.bin", folder / "none" / "a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (not_there, "does not exist"),
+        (taken, "is there already"),
+        (text, "neither safetensors nor a PyTorch file"),
+        (damaged_onnx, "a.onnx cannot be read as ONNX"),
+        (no_folder, "cannot be written"),
+    ],
+)
+def test_what_cannot_be_converted(tmp_path, capsys, make, words):
+    """One sentence, exit code 2, and nothing is left behind or lost."""
+    arguments = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as end:
+        convert(*arguments)
+    assert end.value.code == 2
+    assert words in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    if make is taken:
+        assert (tmp_path / "a.safetensors").read_text() == "mine"
