@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import comfy.model_management as management
 import comfy.sd
@@ -122,7 +121,8 @@ class Run:
         self.found_at = 0
         self.record.steps, self.record.similarity = len(self.sigmas) - 1, {}
         self.record.faces = [i for i, subject in enumerate(self.subjects, 1) if subject.landmarks is not None]
-        self._decode_by(plan.settings.mode)
+        if self.record.faces:
+            self._decode_by(plan.settings.mode, make_room=True)
 
     def acts(self) -> bool:
         """Whether this step is guided. Its noise level is looked up, since reading it from the device would stall."""
@@ -164,8 +164,11 @@ class Run:
         management.throw_exception_if_processing_interrupted()
         return torch.func.functional_call(self.ascent, self.weights, (eps, x, sigma, face))
 
-    def _decode_by(self, name: str) -> None:
-        """Set up networks, weights and faces for a decode mode."""
+    def _decode_by(self, name: str, make_room: bool = False) -> None:
+        """Set up networks, weights and faces for a decode mode.
+
+        make_room: ask ComfyUI to unload what is in the way; in mid-run that might be the model that is sampled.
+        """
         self.mode, mode = name, DECODE_MODES[name]
         settings = self.settings
         self.ascent = self.weights = None
@@ -176,7 +179,7 @@ class Run:
                 similarity, settings.step, settings.relative, settings.iterations, settings.target, mode.checkpointed
             )
             self.faces = [None if s.landmarks is None else self._face(s) for s in self.subjects]
-            if self.step == 0:  # later it might take the model that is being sampled
+            if make_room:
                 management.free_memory(self._memory(dtype), self.device)
             self.weights = borrowed(self.ascent, self.device, dtype)
 
@@ -283,7 +286,7 @@ def taesd_file(latent_format, required: bool = True) -> str | None:
     name = latent_format.taesd_decoder_name
     file = next((f for f in folder_paths.get_filename_list("vae_approx") if name and f.startswith(name)), None)
     if file is None and required:
-        folders = ", ".join(map(str, map(Path, folder_paths.get_folder_paths("vae_approx"))))
+        folders = ", ".join(folder_paths.get_folder_paths("vae_approx"))
         raise GuidanceError(
             f"The decode mode 'face, TAESD' needs {name or 'a TAESD decoder'}.safetensors in {folders}: get it from "
             "github.com/madebyollin/taesd, or choose another decode mode."
