@@ -122,7 +122,7 @@ class Pipeline:
             nobody = [(k.expand(len(tasks), -1, -1), v.expand(len(tasks), -1, -1)) for k, v in self.nobody]
         return self.restorer.restore(lq, identity, nobody, self.guidance, self.steps)
 
-    @lru_cache(maxsize=1024)  # noqa: B019  one pipeline lives as long as the command
+    @lru_cache(maxsize=256)  # noqa: B019  one pipeline lives as long as the command
     def features(self, photo: Path) -> tuple[Tensor, Tensor]:
         """Embedding [1,512] and CLIP features [1,T,D]. Raises EvaluationError if there is no face."""
         from ..training import clip_vision

@@ -15,8 +15,8 @@ KeysValues = list[tuple[Tensor, Tensor]]
 class Restorer:
     """The frozen networks of one method.
 
-    unet must have the identity processors of `let_identity_in`. context: [1,T,D], the text tokens of the empty prompt.
-    schedule: config of a diffusers scheduler. scale: the VAE's scaling factor.
+    unet has the identity processors of `let_identity_in`, unless it only ever restores blindly. context: [1,T,D], the
+    text tokens of the empty prompt. schedule: config of a diffusers scheduler. scale: the VAE's scaling factor.
     condition: LQ images [B,3,H,W] in [0,1] -> what joins the noisy latents, at their size (see `content.prepare_lq`).
     """
 
@@ -68,7 +68,7 @@ class Restorer:
 
     def _predict(self, z, t, context, residuals, identity):
         down, mid = residuals
-        return self.unet(z, t, context, cross_attention_kwargs={"identity": identity},
+        return self.unet(z, t, context, cross_attention_kwargs=None if identity is None else {"identity": identity},
                          down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
 
 
