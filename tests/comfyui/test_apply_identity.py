@@ -1,19 +1,22 @@
 """Apply Identity in ComfyUI's own sampling, in this process, on random nano weights."""
 
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
-def attend(q, k, v, heads):
-    """Multi-head softmax(QK^T/sqrt(d))V, written out, in float64."""
+def attend(q, k, v, heads, counts=None):
+    """Multi-head attention, written out, in float64; key t counts counts[:, t] times, once if None."""
     q, k, v = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)
-    return (weights @ v).transpose(1, 2).flatten(2)
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).exp()
+    scores = scores if counts is None else scores * counts.double()[:, None, None]
+    return (scores / scores.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("people", [1, 3])
@@ -27,6 +30,49 @@ def test_patch_is_decoupled_attention(pack, people):
     rows = [people] * 3 + (list(range(3)) if people == 3 else [0] * 3)
     expected = attend(q, k, v, 2) + 0.7 * attend(q, keys[rows], values[rows], 2)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("people", [1, 3])
+def test_patch_with_weights_masks_and_strengths(pack, people):
+    """Each image its mask and strength in both chunks, each person its weights; a layer of 4x3 under masks of 8x6."""
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(6, length, 32, generator=g) for length in (12, 7, 7))
+    keys, values = (torch.randn(people + 1, 4, 32, generator=g) for _ in range(2))
+    weights = torch.rand(people + 1, 4, generator=g) * torch.tensor([1.0, 1, 1, 0])
+    masks, strengths = torch.rand(3, 8, 6, generator=g), torch.tensor([0.0, 0.5, 2.0])
+    attention = pack.nodes.id_attention
+    patch = attention.IdentityAttention(
+        keys, values, strengths, (9.0, 2.0), weights.log()[:, None, None], attention.Region(masks)
+    )
+    options = {"n_heads": 2, "attn_precision": None, "cond_or_uncond": [1, 0], "activations_shape": [6, 32, 4, 3]}
+    with no_value_read():
+        out = patch(q, k, v, {**options, "sigmas": torch.full((3,), 5.0)})
+    rows = [people] * 3 + (list(range(3)) if people == 3 else [0] * 3)
+    scale = masks.view(3, 4, 2, 3, 2).mean((2, 4)).view(3, 12, 1) * strengths.view(3, 1, 1)
+    expected = attend(q, k, v, 2) + scale.repeat(2, 1, 1) * attend(q, keys[rows], values[rows], 2, weights[rows])
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    late = patch(q, k, v, {**options, "sigmas": torch.full((3,), 1.0)})
+    torch.testing.assert_close(late.double(), attend(q, k, v, 2), rtol=1e-5, atol=1e-6)
+
+
+@contextmanager
+def no_value_read():
+    """Fails where a tensor's value is read by Python, for which a GPU would have to finish first."""
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+            return func(*args, **(kwargs or {}))
+
+    with Refuse():
+        yield
+
+
+def test_all_layers_share_a_region(pack):
+    """It is moved and resized once, however many layers ask."""
+    region, meta = pack.nodes.id_attention.Region(torch.rand(1, 8, 8)), torch.device("meta")
+    assert region.to(meta) is region.to(meta) and region.to(torch.device("cpu")) is region
+    assert region.at(4, 4) is region.at(4, 4)
 
 
 def test_every_layer_fires_at_every_step(sample, pack, nano, apply, adapter, identity, monkeypatch):
@@ -142,6 +188,130 @@ def test_the_same_photo_twice_is_the_photo_once(sample, nano, apply, identity):
     torch.testing.assert_close(*once, rtol=1e-4, atol=1e-4)
 
 
+def with_photos(person, order, weights):
+    """The person with their photos in this order, which may repeat, and with these weights."""
+    return replace(person, embeddings=person.embeddings[order], clip=person.clip[order], weights=torch.tensor(weights))
+
+
+@pytest.fixture(scope="module")
+def two_photos(identity):
+    """A person with two photos."""
+    a, b = identity.people
+    return replace(a, embeddings=torch.cat([a.embeddings, b.embeddings]), clip=torch.cat([a.clip, b.clip]))
+
+
+def test_weights_count_like_repeated_photos(sample, nano, apply, identity, two_photos):
+    def sampled(order, weights):
+        return sample(apply(replace(identity, people=(with_photos(two_photos, order, weights),))), nano.prompt, batch=1)
+
+    once, twice = sampled([0, 1], [1.0, 1.0]), sampled([0, 0, 1], [1.0, 1.0, 1.0])
+    assert (once - twice).abs().max() > 1e-3
+    torch.testing.assert_close(sampled([0, 1], [1.0, 0.5]), twice, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sampled([0, 1], [0.0, 3.0]), sampled([1], [1.0]), rtol=1e-4, atol=1e-4)
+
+
+def test_people_with_different_numbers_of_photos(sample, nano, apply, identity, two_photos):
+    """Each image of the batch is as with its person alone, also under CFG."""
+    two = with_photos(two_photos, [0, 1], [1.0, 0.5])
+    negative = [[nano.prompt[0][0] * 0.5, {}]]
+    people = (two, identity.people[1])
+    both = sample(apply(replace(identity, people=people)), nano.prompt, negative, cfg=2.0)
+    for i, person in enumerate(people):
+        alone = sample(apply(replace(identity, people=(person,))), nano.prompt, negative, cfg=2.0)
+        torch.testing.assert_close(both[i], alone[i], rtol=1e-3, atol=1e-3)
+
+
+def test_masks_of_one_and_of_nothing(sample, nano, apply, identity):
+    whole, nothing = torch.ones(1, 24, 40), torch.zeros(2, 16, 16)
+    full = sample(apply(identity), nano.prompt)
+    assert torch.equal(sample(apply(identity, mask=whole), nano.prompt), full)
+    assert torch.equal(sample(apply(identity, mask=nothing), nano.prompt), sample(nano.model, nano.prompt))
+    left = torch.cat([torch.ones(1, 16, 8), torch.zeros(1, 16, 8)], 2)
+    moved = (sample(apply(identity, mask=left), nano.prompt) - sample(nano.model, nano.prompt)).abs().mean((0, 1, 2))
+    assert moved[:8].mean() > moved[8:].mean()
+
+
+def test_all_people_in_one_picture(sample, nano, apply, identity, pack):
+    """Each in their mask, as if they were applied one after the other."""
+    masks = torch.zeros(2, 16, 16)
+    masks[0, :, :8], masks[1, :, 8:] = 1, 1
+    everyone = apply(identity, mask=masks, people=pack.nodes.apply_identity.ALL_IN_ONE)
+    chain = nano.model
+    for person, mask in zip(identity.people, masks, strict=True):
+        chain = apply(replace(identity, people=(person,)), model=chain, mask=mask)
+    assert torch.equal(sample(everyone, nano.prompt, batch=3), sample(chain, nano.prompt, batch=3))
+    with pytest.raises(ValueError, match="2 people who are all to be in every picture, but there are 1 masks"):
+        apply(identity, mask=masks[:1], people=pack.nodes.apply_identity.ALL_IN_ONE)
+
+
+def test_each_picture_has_its_strength(sample, nano, apply, identity):
+    mixed = sample(apply(identity, strengths=torch.tensor([0.0, 1.0])), nano.prompt)
+    assert torch.equal(mixed[0], sample(nano.model, nano.prompt)[0])
+    torch.testing.assert_close(mixed[1], sample(apply(identity), nano.prompt)[1])
+    with pytest.raises(ValueError, match="There are 3 strengths but the latent batch has 2 images"):
+        sample(apply(identity, strengths=torch.ones(3)), nano.prompt)
+
+
+def test_strength_by_block(sample, nano, apply, identity, adapter, pack):
+    """Each part on its own acts in its layers only; all at 0 are no change."""
+    off = {"down": 0.0, "middle": 0.0, "up": 0.0}
+    assert apply(identity, **off) is nano.model
+    found = []
+    for part, block in zip(off, ("input", "middle", "output"), strict=True):
+        model = apply(identity, 0.5, **{**off, part: 3.0})
+        patches = model.model_options["transformer_options"]["patches_replace"]["attn2"]
+        assert {key[0] for key in patches} == {block} and {patch.strength for patch in patches.values()} == {1.5}
+        found += patches
+    assert len(found) == len(adapter.adapter.layers)
+    thirds = apply(identity, down=0.3, middle=0.3, up=0.3)
+    torch.testing.assert_close(sample(thirds, nano.prompt), sample(apply(identity, 0.3), nano.prompt))
+
+
+def test_s_scale(sample, nano, apply, identity):
+    """At 0 PlusV2 has the face alone: what CLIP saw does not matter."""
+    blind = tuple(replace(person, clip=torch.zeros_like(person.clip)) for person in identity.people)
+    blind = replace(identity, people=blind)
+    ours, theirs = (sample(apply(one, s_scale=0.0), nano.prompt) for one in (identity, blind))
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(ours, sample(apply(identity), nano.prompt))
+
+
+def test_the_adapters_lora(nodes, nano, identity, adapter):
+    """It changes the model's weights by its strength, and not at all where the identity's strength is 0."""
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
+    width = nano.model.get_model_object(f"{name}.weight").shape[0]
+    lora = {f"{name}.lora_up.weight": torch.ones(width, 1), f"{name}.lora_down.weight": torch.ones(1, width)}
+    node, adapter = nodes["RIDFR_ApplyIdentity"], replace(adapter, lora=lora)
+
+    def weights(strength, lora_strength):
+        model = node.execute(nano.model, adapter, identity, strength, 0.0, 1.0, lora_strength=lora_strength)[0]
+        return {key: patch[0][0] for key, patch in model.patches.items()}
+
+    assert weights(1.0, 0.7) == {f"{name}.weight": 0.7}
+    assert weights(1.0, 0.0) == weights(0.0, 1.0) == {}
+
+
+def test_faceid_needs_no_clip(sample, nodes, nano, identity, adapter, pack):
+    core = pack.ridfr_core.adapter
+    with torch.inference_mode(False):
+        faceid = core.IdentityAdapter(adapter.adapter.channels, adapter.adapter.dim, None)
+    managed = pack.nodes.managed
+    faceid = managed.ManagedAdapter("faceid.bin", faceid, False, managed.managed(faceid))
+    people = tuple(replace(person, clip=None) for person in identity.people)
+    no_clip = replace(identity, people=people, clip_uncond=None)
+    node = nodes["RIDFR_ApplyIdentity"]
+    model = node.execute(nano.model, faceid, no_clip, 1.0, 0.0, 1.0)[0]
+    assert not torch.equal(sample(model, nano.prompt), sample(nano.model, nano.prompt))
+    with pytest.raises(ValueError, match="needs CLIP features but the identity has none: connect a CLIP vision model"):
+        node.execute(nano.model, adapter, no_clip, 1.0, 0.0, 1.0)
+
+
+def test_no_photo_counts(apply, identity):
+    nobody = replace(identity.people[1], weights=torch.zeros(1))
+    with pytest.raises(ValueError, match="All photos of person 2 have weight 0"):
+        apply(replace(identity, people=(identity.people[0], nobody)))
+
+
 def test_more_people_than_images(sample, nano, apply, identity):
     with pytest.raises(ValueError, match=r"identity has 2 people but the latent batch has 3 images"):
         sample(apply(identity), nano.prompt, batch=3)
@@ -168,4 +338,4 @@ def test_sdxl_adapter_on_sd15(nodes, nano, pack, identity):
 def test_identity_of_another_clip(apply, identity):
     wide = replace(identity.people[0], clip=torch.zeros(1, 257, 1280))
     with pytest.raises(ValueError, match="needs a CLIP vision model of width 128 but .* width 1280"):
-        apply(replace(identity, people=(wide,)))
+        apply(replace(identity, people=(wide,), clip_uncond=torch.zeros(257, 1280)))
