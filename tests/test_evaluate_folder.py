@@ -1,0 +1,120 @@
+"""`ridfr evaluate folder`, on the shipped nano weights."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from ridfr_core.cli import main
+from ridfr_core.evaluation.folder import EvaluationError, export_portraits, find_tasks
+from ridfr_core.evaluation.measure import Row, averages, summary, variance
+
+PEOPLE, REFERENCES = 2, 2
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    export_portraits(folder, PEOPLE, REFERENCES)
+    return folder
+
+
+@pytest.fixture
+def data(exported, tmp_path):
+    """A copy to spoil."""
+    for path in exported.rglob("*.png"):
+        copy = tmp_path / "data" / path.relative_to(exported)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    return tmp_path / "data"
+
+
+def restore_by_hand(data, out):
+    """As if by another program: with the first reference the truth, with the second the LQ face as it is."""
+    for task in find_tasks(data, REFERENCES)[0]:
+        path = task.restored(out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((task.truth if task.reference.stem == "1" else task.lq).read_bytes())
+
+
+def rows_of(out):
+    with (out / "images.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_restored_by_another_program(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    restore_by_hand(data, out)
+    (data / "0001" / "ref" / "broken.png").write_bytes(b"PNG?")
+    main(["evaluate", "folder", str(data), "--out", str(out), "--references", "2", "--measure-only"])
+    rows = rows_of(out)
+    assert [(row["person"], row["image"], row["reference"]) for row in rows] == [
+        ("0000", "0", "1"), ("0000", "0", "2"), ("0001", "0", "1"), ("0001", "0", "2")]
+    for perfect, spoilt in zip(rows[::2], rows[1::2]):
+        assert float(perfect["IDS-HQ"]) == pytest.approx(1, abs=1e-4) and float(perfect["LMD"]) == 0
+        assert perfect["PSNR"] == "inf" and float(perfect["SSIM"]) == pytest.approx(1)
+        assert 10 < float(spoilt["PSNR"]) < 35 and float(spoilt["SSIM"]) < 0.95
+        assert -1 <= float(perfect["IDS-REF"]) <= 1
+    text = (out / "summary.md").read_text(encoding="utf-8")
+    assert text == capsys.readouterr().out
+    assert text.startswith("| method | IDS-HQ ↑ | PSNR ↑ | SSIM ↑ | LMD ↓ | IDS-REF ↑ | I.V. ↓ |")
+    assert "4 restorations of 2 faces of 2 people; judge: nano_judge" in text
+    assert "LPIPS" in text and "absent" in text and "Left out: 0001/ref/broken.png" in text
+    assert Image.open(out / "sheet.png").width > 4 * 192
+
+
+def test_restored_here_by_the_shipped_networks(data, tmp_path):
+    out = tmp_path / "out"
+    main(["evaluate", "folder", str(data), "--out", str(out), "--steps", "1", "--guidance", "2"])
+    assert len(rows_of(out)) == PEOPLE
+    restored = [Image.open(task.restored(out)) for task in find_tasks(data, 1)[0]]
+    assert [image.size for image in restored] == [(128, 128)] * PEOPLE
+    main(["evaluate", "folder", str(data), "--out", str(out), "--steps", "1", "--references", "0"])
+    blind = find_tasks(data, 0)[0][0].restored(out)
+    assert blind.name == "0.png" and Image.open(blind).tobytes() != restored[0].tobytes()
+    assert "restored blindly" in (out / "summary.md").read_text(encoding="utf-8")
+
+
+def test_two_processes_measure_what_one_does(data, tmp_path, checkout):
+    numbers = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        restore_by_hand(data, out)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}",
+                   "--main_process_port=0", "-m", "ridfr_core.cli", "evaluate", "folder", str(data), "--out", str(out),
+                   "--references", "2", "--measure-only"]
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        numbers[processes] = rows_of(out), (out / "summary.md").read_text(encoding="utf-8")
+    assert numbers[1] == numbers[2]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--judge", "nano"], "The judge nano has the same recogniser file as nano, which conditions"),
+    (["--content", "nowhere.safetensors"], "nowhere.safetensors.* does not exist"),
+])
+def test_refused(data, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=f"ridfr evaluate folder: .*{message}"):
+        main(["evaluate", "folder", str(data), "--out", str(tmp_path / "out"), *arguments])
+
+
+def test_nothing_to_restore(tmp_path):
+    with pytest.raises(EvaluationError, match=r"nothing to restore: it needs PERSON/lq/NAME.png and PERSON/ref/"):
+        find_tasks(tmp_path, 1)
+
+
+def test_a_reference_without_a_face_is_named(data, tmp_path):
+    Image.new("RGB", (128, 128), "white").save(data / "0000" / "ref" / "1.png")
+    with pytest.raises(SystemExit, match=r"No face was found in the reference .*0000/ref/1.png"):
+        main(["evaluate", "folder", str(data), "--out", str(tmp_path / "out"), "--steps", "1"])
+
+
+def test_what_could_not_be_measured_is_left_out_of_means():
+    rows = [Row("a", "0", "1", {"PSNR": 20.0, "IDS-HQ": 0.5}, None), Row("a", "0", "2", {"PSNR": 30.0}, None)]
+    assert averages(rows) == {"IDS-HQ": 0.5, "PSNR": 25.0} and variance(rows) is None
+    table = summary({"degraded": {"PSNR": 20.0}, "restored": averages(rows)}, ["A note."]).splitlines()
+    assert table[2:] == ["| degraded | – | 20 |", "| restored | 0.5 | 25 |", "", "A note."]
