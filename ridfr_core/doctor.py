@@ -149,7 +149,7 @@ def model_file(model: KnownModel, folders: Folders, hashes: bool) -> Finding:
         found = recognise(path)
     except (checkpoints.CheckpointError, FaceModelError) as error:
         return Finding("wrong", f"{path}: {error}")
-    holds = checkpoints.KINDS.get(found) or ROLES[found]
+    holds = (ROLES if path.suffix == ".onnx" else checkpoints.KINDS)[found]
     if model.kind and found != model.kind:
         return Finding("wrong", f"{path} holds {holds}: replace it. {source(model)}")
     size = path.stat().st_size

@@ -61,6 +61,7 @@ def test_all_is_there(comfyui, capsys):
         line = line_of(lines, model.name)
         assert line.startswith("ok") and "another file than the published one" in line
     assert str(comfyui / "shared" / "vision") in line_of(lines, known_models.CLIP_VISION.name)
+    assert line_of(lines, known_models.RECOGNISER.name).endswith(", a face recogniser")
     assert line_of(lines, known_models.SWINIR.name).startswith("note"), "optional"
 
 
