@@ -51,7 +51,7 @@ def _at_scale(options: argparse.Namespace) -> None:
         chosen = settings.read_settings(options.recipe, options.config, options.settings)
         from ..training.run import run as train
 
-        print(f"The weights are in {train(options.recipe, chosen)}.")
+        train(options.recipe, chosen)
     except ValueError as error:  # TrainingError, CheckpointError, FaceModelError: one sentence
         raise SystemExit(f"ridfr train {options.recipe}: {error}") from error
 

@@ -31,13 +31,15 @@ def load_tower(where: str) -> nn.Module:
     state, _ = read(path)
     beside = path.with_suffix(".json")
     config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else VIT_H
-    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**{k: v for k, v in config.items() if k != "model_type"}))
-    wanted = {key: tensor.shape for key, tensor in tower.state_dict().items()}
+    config = CLIPVisionConfig(**{k: v for k, v in config.items() if k != "model_type"})
+    with torch.device("meta"):  # ViT-H takes 2.5 GB
+        wanted = {k: tensor.shape for k, tensor in CLIPVisionModelWithProjection(config).state_dict().items()}
     wrong = [key for key, shape in wanted.items() if key not in state or state[key].shape != shape]
     if wrong:
         raise CheckpointError(f"'{path.name}' is not the CLIP vision model it should be ({wrong[0]} is missing or of "
                               "another shape): use CLIP ViT-H/14, or put its config.json beside it under its name.")
-    tower.load_state_dict({key: state[key].float() for key in wanted})
+    tower = CLIPVisionModelWithProjection(config)
+    tower.load_state_dict({key: state[key].float() for key in wanted}, assign=True)
     return tower.eval()
 
 

@@ -9,10 +9,13 @@ from safetensors import SafetensorError
 
 from .settings import TrainingError
 
+TORCH = (OSError, SafetensorError, RuntimeError)  # what torch.save makes of a full disk
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+
+def write_whole(path: Path, write: Callable[[Path], object], errors=(OSError, SafetensorError)) -> None:
     """Have `write` make a file or folder under another name, and move it to `path` when it is whole.
 
+    errors: what `write` raises if it cannot write; see TORCH.
     Raises TrainingError if it cannot be written (the disk is full, ...); then what was at `path` is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +26,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         if path.is_dir():
             remove(path)
         os.replace(partial, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch wrap a full disk in their own
+    except errors as error:
         remove(partial)
         raise TrainingError(f"'{path}' cannot be written ({' '.join(str(error).split())}): is the disk full? What was "
                             "saved before is still there.") from error

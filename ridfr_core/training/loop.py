@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from .files import TORCH, write_whole
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,7 @@ class Run:
             "step": self.step, "seconds": self.seconds, "history": self.history, "ema": self.ema,
             "module": {k: p.detach() for k, p in self.parameters.items()}, "optimizer": self.optimizer.state_dict(),
         }
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
+        write_whole(self.path, lambda partial: torch.save(state, partial), TORCH)
 
     def _load(self) -> None:
         state = torch.load(self.path, weights_only=True)

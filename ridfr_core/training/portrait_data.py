@@ -1,7 +1,6 @@
 """Portraits rendered ahead of training and kept on disk, and what the frozen networks say of them."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ..nano.config import PORTRAIT
 from ..nano.portraits import SPLITS, captions, render
+from .files import write_whole
 
 CHUNK = 250
 
@@ -54,7 +54,7 @@ class PortraitSet:
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
                 for rows in torch.arange(len(self)).split(CHUNK):
                     parts.append(compute(self.batch(rows), self.landmarks[rows]).half().numpy())
-            _write(path, lambda file: np.save(file, np.concatenate(parts)))
+            _save(path, np.concatenate(parts))
         return torch.from_numpy(np.load(path))
 
 
@@ -92,15 +92,15 @@ def _render(pictures: Path, points: Path, start: int, people: int, views: int, f
         images[rows[0] : rows[-1] + 1] = (portraits.image * 255).round().byte().numpy()
         landmarks.append(portraits.landmarks)
     images.flush()
-    _write(points, lambda file: np.save(file, torch.cat(landmarks).float().numpy()))
+    _save(points, torch.cat(landmarks).float().numpy())
 
 
-def _write(path: Path, write: Callable) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        write(file)
-    os.replace(partial, path)
+def _save(path: Path, array: np.ndarray) -> None:
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # given a name, numpy would add .npy to it
+            np.save(file, array)
+
+    write_whole(path, write)
 
 
 def export_portraits(folder: Path, people: int, views: int, split: str = "train", size: int = PORTRAIT) -> None:

@@ -48,6 +48,7 @@ def run(name: str, settings: Settings) -> Path:
     path = Path(settings.out) / f"{'adapter' if isinstance(stage, AdapterStage) else 'content'}.safetensors"
     if accelerator.is_main_process:
         export(stage, path, _history(name, settings, material))
+    accelerator.print(f"The weights are in {path}.")
     return path
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .draws import Draws, draws_of_process
-from .files import remove, write_whole
+from .files import TORCH, remove, write_whole
 from .settings import Settings, TrainingError
 
 LOG_EVERY = 10
@@ -163,7 +163,7 @@ class Trainer:
         """By the main process alone: the others hold the same, and random numbers have no state (see `draws`)."""
         if self.accelerator.is_main_process:
             folder = self.folder / "checkpoints" / f"{self.progress.step:07d}"
-            write_whole(folder, lambda partial: self.accelerator.save_state(str(partial)))
+            write_whole(folder, lambda partial: self.accelerator.save_state(str(partial)), TORCH)
             for old in self._checkpoints()[: -self.settings.keep]:
                 remove(old)
 

@@ -1,0 +1,176 @@
+"""Whole training runs on the nano networks: interrupted, in two processes, broken, and what they write."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+
+from ridfr_core.checkpoints import expect, read
+from ridfr_core.content import ContentSpec
+from ridfr_core.training.base import load_base
+from ridfr_core.training.portrait_data import export_portraits
+from ridfr_core.training.run import load_adapter, load_content, run
+from ridfr_core.training.settings import TrainingError, read_settings
+
+SMALL = ["base=nano", "resolution=64", "steps=4", "batch=2", "warmup=1", "workers=0", "save_every=2",
+         "validate_every=0", "validation_images=2", "validation_steps=2", "precision=fp32",
+         "gradient_checkpointing=false"]
+WITH_REFERENCES = ["adapter=nano", "content=nano", "face_model=nano", "clip_vision=nano", "reference_sizes=[64, 32]",
+                   "validation_people=1"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Each run is a process of its own for users; here accelerate must forget the one before."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state() if state is not AcceleratorState else state._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """Pictures, which is all that the content stage needs."""
+    folder = tmp_path_factory.mktemp("data") / "noise"
+    folder.mkdir()
+    for seed in range(6):
+        pixels = numpy.random.default_rng(seed).integers(0, 255, (64, 64, 3), numpy.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "people"
+    export_portraits(folder, people=3, views=2)
+    return folder
+
+
+def arguments(data, out, *more):
+    return [f"data={data}", f"out={out}", *SMALL, *more]
+
+
+def train(stage, data, out, *more):
+    return run(stage, read_settings(stage, None, arguments(data, out, *more)))
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def python(*command):
+    return subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_where_an_undisturbed_one_does(noise, tmp_path):
+    more = ("steps=8", "accumulate=2", "schedule=cosine", "precision=bf16", f"cache={tmp_path / 'cache'}")
+    victim = python("ridfr_core.cli", "train", "content", *arguments(noise, tmp_path / "killed", *more))
+    deadline = time.monotonic() + 600
+    while not (tmp_path / "killed" / "checkpoints" / "0000002").exists() and victim.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    victim.kill()
+    assert victim.wait() == -signal.SIGKILL, victim.stdout.read()
+    whole = train("content", noise, tmp_path / "whole", *more)
+    resumed = train("content", noise, tmp_path / "killed", *more)
+    last, again = rows(tmp_path / "whole")[-1], rows(tmp_path / "killed")[-1]
+    assert (last["step"], last["loss"], last["lr"]) == (again["step"], again["loss"], again["lr"])
+    one, other = load_file(whole), load_file(resumed)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()) == ["0000006", "0000008"]
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(people, tmp_path):
+    more = (*WITH_REFERENCES, "steps=3", "batch=4", "save_every=3", f"cache={tmp_path / 'cache'}")
+    single = train("align", people, tmp_path / "one", *more)
+    both = python("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ridfr_core.cli", "train",
+                  "align", *arguments(people, tmp_path / "two", *more))
+    output, _ = both.communicate(timeout=900)
+    assert both.returncode == 0, output
+    one, two = rows(tmp_path / "one")[-1], rows(tmp_path / "two")[-1]
+    for name in ("loss", "diffusion", "alignment"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4)
+    weights = load_file(tmp_path / "two" / single.name)
+    for name, tensor in load_file(single).items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-2, atol=2e-3)
+
+
+def test_what_alignment_writes_is_a_content_controlnet_with_its_history(people, tmp_path):
+    path = train("align", people, tmp_path / "align", *WITH_REFERENCES, "steps=2", "validate_every=2", "lr=1e-2",
+                 "gradient_checkpointing=true")
+    state, metadata = read(path)
+    expect(state, "content-controlnet", path.name)
+    shipped, spec = load_content("nano", load_base("nano"))
+    trained, _ = load_content(path, load_base("nano"))
+    assert ContentSpec.from_metadata(metadata) == spec
+    assert {key: metadata[f"ridfr.{key}"] for key in ("stage", "steps", "batch", "lambda", "photos")} == {
+        "stage": "align", "steps": "2", "batch": "2", "lambda": "1.0", "photos": "4"}
+    assert len(metadata["ridfr.data"]) == len(metadata["ridfr.recogniser"]) == 64
+    change = (trained.conv_in.weight - shipped.conv_in.weight).abs()
+    assert 1e-4 < change.max() < 1
+    last = rows(tmp_path / "align")[-1]
+    assert last["step"] == 2
+    assert {"validation/loss", "validation/alignment", "validation/psnr", "validation/similarity"} <= set(last)
+    assert Image.open(tmp_path / "align" / "validation" / "0000002.png").width > 3 * 192
+    assert list((tmp_path / "align" / "tensorboard").glob("events*"))
+
+
+def test_an_adapter_is_trained_from_nothing(people, tmp_path):
+    path = train("adapter", people, tmp_path / "adapter", *WITH_REFERENCES[2:5], "steps=1", "save_every=1")
+    adapter, lora = load_adapter(path)
+    assert len(adapter.channels) == 16 and adapter.needs_clip and lora == {}
+
+
+def test_latent_concatenation_has_eight_channels(noise, tmp_path):
+    path = train("content", noise, tmp_path / "latent", "kind=latent", "steps=1", "save_every=1", "validate_every=1")
+    content, spec = load_content(path, load_base("nano"))
+    assert content.conv_in.in_channels == 8 and spec.kind == "latent"
+
+
+def test_a_loss_that_is_no_number_stops_the_run(noise, tmp_path):
+    with pytest.raises(TrainingError) as stopped:
+        train("content", noise, tmp_path / "nan", "lr=1e30", "steps=9", "save_every=1")
+    step, last = re.search(r"The loss is (?:nan|inf) .* at step (\d), with the learning rate 1e\+30; "
+                           r"the last good checkpoint is (.*): try a lower lr", str(stopped.value)).groups()
+    assert last == str(tmp_path / "nan" / "checkpoints" / f"{int(step):07d}") and os.path.isdir(last)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(noise, tmp_path):
+    out = tmp_path / "full"
+    train("content", noise, out, "steps=2")
+    fresh = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, fresh[1]))  # writing beyond fails as on a full disk
+    try:
+        with pytest.raises(TrainingError, match="0000004' cannot be written .* What was saved before is still there"):
+            train("content", noise, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, fresh)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["0000002"]
+    train("content", noise, out)
+    assert rows(out)[-1]["step"] == 4
+
+
+def test_a_run_does_not_go_on_with_other_settings_or_photos(noise, people, tmp_path):
+    train("content", noise, tmp_path / "run", "steps=1", "save_every=1")
+    with pytest.raises(TrainingError, match=r"holds a run with other settings \(lr: 0.0001 -> 0.001\)"):
+        train("content", noise, tmp_path / "run", "lr=1e-3")
+    with pytest.raises(TrainingError, match=r"holds a run with other settings \(photos: .*; data: "):
+        train("content", people, tmp_path / "run")
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(noise, tmp_path):
+    with pytest.raises(TrainingError, match="batch 2 cannot be shared by 1 processes in 3 parts each"):
+        train("content", noise, tmp_path / "run", "accumulate=3")
