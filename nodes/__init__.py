@@ -8,6 +8,7 @@ from .doctor import Doctor
 from .guidance import GuidancePlot, IDPreservingSampling
 from .identity import CompareIdentity, ExtractIdentity
 from .identity_files import LoadIdentity, SaveIdentity
+from .identity_report import IdentityReport
 from .images import ColorFix, DegradeFace, NanoPortraits
 from .loaders import LoadContentControlNet, LoadFaceModel, LoadIdentityAdapter, LoadNanoModels
 from .metrics import IdentityVariance, ImageQuality
@@ -33,6 +34,7 @@ class RIDFRExtension(ComfyExtension):
             SaveIdentity,
             LoadIdentity,
             AdaptiveStrength,
+            IdentityReport,
             CompareIdentity,
             DegradeFace,
             ColorFix,

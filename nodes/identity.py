@@ -169,15 +169,22 @@ class CompareIdentity(io.ComfyNode):
         return io.NodeOutput(mean, text, ui={"text": [text], "similarity": scores})
 
 
+def found_faces(face_model: ManagedFaceModel, photos: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """Aligned crop [3,112,112] and unit embedding [512] of the largest face in each image of [B,3,H,W], by its index.
+
+    Images without a face are left out.
+    """
+    faces = {i: found[0] for i, photo in enumerate(photos) if (found := face_model.model.detector.detect(photo))}
+    if not faces:
+        return {}
+    crops = align(photos[list(faces)], torch.stack([face.landmarks for face in faces.values()]))
+    return dict(zip(faces, zip(crops, face_model.embed(crops))))
+
+
 def face_embeddings(face_model: ManagedFaceModel, photos: Tensor) -> list[Tensor | None]:
     """Unit embedding [512] of the largest face in each image of [B,3,H,W], None where there is none."""
-    faces = {i: found[0] for i, photo in enumerate(photos) if (found := face_model.model.detector.detect(photo))}
-    embeddings = [None] * len(photos)
-    if faces:
-        crops = align(photos[list(faces)], torch.stack([face.landmarks for face in faces.values()]))
-        for i, embedding in zip(faces, face_model.embed(crops), strict=True):
-            embeddings[i] = embedding
-    return embeddings
+    found = found_faces(face_model, photos)
+    return [found[i][1] if i in found else None for i in range(len(photos))]
 
 
 def similarity_line(number: int, a: Tensor | None, b: Tensor | None, score: float | None) -> str:

@@ -48,8 +48,8 @@ class SaveIdentity(io.ComfyNode):
     def execute(cls, identity: Identity, name: str, overwrite: bool) -> io.NodeOutput:
         folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
         people = each_alone(identity)
-        names = [name] if len(people) == 1 else [f"{name} {number}" for number in range(1, len(people) + 1)]
-        files = [folder / file_name(one) for one in names]
+        numbers = [None] if len(people) == 1 else range(1, len(people) + 1)
+        files = [folder / file_name(name, number) for number in numbers]
         for file in files:
             if file.exists() and not overwrite:
                 raise IdentityError(

@@ -22,9 +22,9 @@ LONGEST_NAME = 100
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10))}
 
 
-def file_name(name: str) -> str:
-    """NAME.safetensors for what a user typed, safe in every file system: characters that mean something in a path
-    become "_", dots and spaces at the ends go.
+def file_name(name: str, number: int | None = None) -> str:
+    """NAME.safetensors or "NAME number.safetensors" for what a user typed, safe in every file system: characters that
+    mean something in a path become "_", dots and spaces at the ends go.
 
     Raises IdentityError where nothing is left of it.
     """
@@ -33,7 +33,7 @@ def file_name(name: str) -> str:
         raise IdentityError(f"{name!r} is no name for a file: write the person's name.")
     if stem.split(".")[0].strip().lower() in RESERVED:
         stem = f"_{stem}"
-    return f"{stem}.safetensors"
+    return f"{stem}.safetensors" if number is None else f"{stem} {number}.safetensors"
 
 
 def save_identity(identity: Identity, path: Path) -> None:

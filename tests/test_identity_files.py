@@ -66,7 +66,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     ],
 )
 def test_file_names(typed, name):
-    assert file_name(typed) == f"{name}.safetensors"
+    assert file_name(typed) == f"{name}.safetensors" and file_name(typed, 2) == f"{name} 2.safetensors"
 
 
 @pytest.mark.parametrize("typed", ["", "  ", "...", "/", "\\\\"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -22,6 +23,48 @@ def test_extract_identity(nodes, nano, face_model, pack, batch, people):
     crops = core.faces.align(images, landmarks, 224).movedim(1, -1)
     torch.testing.assert_close(clip, nano.vision.encode_image(crops).penultimate_hidden_states)
     assert not torch.allclose(clip[0], clip[1])
+
+
+def test_extract_identity_weighs_and_judges_the_photos(nodes, face_model, shown):
+    """Without a CLIP, too. A blurred photo is less sharp; the report has a line for each."""
+    photos = nodes["RIDFR_NanoPortraits"].execute(0, 2, 5)[0].clone()
+    small = photos[1:].movedim(-1, 1)[..., ::8, ::8]
+    photos[1] = F.interpolate(small, scale_factor=8, mode="bilinear").movedim(1, -1)[0]
+    execute = nodes["RIDFR_ExtractIdentity"].execute
+    identity, report = execute(face_model, photos, "all photos show one person", weights="1, 0.5").args
+    (person,) = identity.people
+    assert person.weights.tolist() == [1, 0.5] and person.clip is None and identity.clip_uncond is None
+    sharp, blurred = person.quality
+    assert sharp.height == blurred.height == pytest.approx(80, abs=1) and sharp.score == pytest.approx(0.9)
+    assert sharp.sharpness > blurred.sharpness + 0.3 and sharp.norm > 0
+    assert report == shown["RIDFR_ExtractIdentity"] and len(report.splitlines()) == 2
+    apart = execute(face_model, photos, "each photo is another person", weights="1, 0.5")[0]
+    assert [person.quality for person in apart.people] == [(sharp,), (blurred,)]
+
+
+def test_the_reference_like_the_degraded_face(nodes, face_model, shown):
+    photos = nodes["RIDFR_NanoPortraits"].execute(0, 3, 5)[0]
+    identity = nodes["RIDFR_ExtractIdentity"].execute(face_model, photos, "all photos show one person")[0]
+    combine = nodes["RIDFR_CombineReferences"].execute
+    for i in range(3):
+        best, report = combine(identity, "best match", face_model, photos[[i]]).args
+        torch.testing.assert_close(best.people[0].embeddings[0], identity.people[0].embeddings[i])
+        assert f"photo {i + 1}, most like the degraded face" in report
+    assert "most like the average" in combine(identity, "best match")[1]
+    assert combine(identity, "all photos, side by side")[0] is identity
+    with pytest.raises(ValueError, match="There are 3 degraded images for 1 people: connect one for each"):
+        combine(identity, "best match", face_model, photos)
+
+
+def test_adaptive_strength(nodes, shown):
+    """Between the least for an untouched picture and the most for a ruin, a line for each."""
+    photos = nodes["RIDFR_NanoPortraits"].execute(0, 2, 5)[0].clone()
+    small = photos[1:].movedim(-1, 1)[..., ::16, ::16]
+    photos[1] = F.interpolate(small, scale_factor=16, mode="bicubic").movedim(1, -1)[0].clamp(0, 1)
+    strengths, mean, report = nodes["RIDFR_AdaptiveStrength"].execute(photos, 0.25, 0.75).args
+    assert strengths[0].item() == 0.25 and 0.65 < strengths[1].item() <= 0.75
+    assert mean == pytest.approx((strengths.mean().item() - 0.25) / 0.5, abs=1e-6)
+    assert len(report.splitlines()) == 2 and report == shown["RIDFR_AdaptiveStrength"]
 
 
 def test_zero_image_is_zero_after_normalisation(nano, pack, weights):

@@ -1,0 +1,41 @@
+"""The report: who is how much like whom, in numbers, in words and as a picture."""
+
+import pytest
+import torch
+
+from ridfr_core.identity_report import ALIKE, CELL, Seen, report_sheet, report_text, similarities
+
+
+def face(name, person, *direction):
+    embedding = torch.nn.functional.normalize(torch.tensor(direction), dim=0) if direction else None
+    return Seen(name, torch.full((3, 112, 112), 0.2 * person), person, embedding)
+
+
+REFERENCES = [face("1.1", 1, 1.0, 0.0), face("1.2", 1, 0.8, 0.6), face("2.1", 2, 0.0, 1.0)]
+RESULTS = [face("result 1", 1, 1.0, 0.0), face("result 2", 2)]
+
+
+def test_similarities():
+    first, second = similarities(RESULTS, REFERENCES)
+    assert first == pytest.approx([1.0, 0.8, 0.0]) and second == [None] * 3
+
+
+def test_words():
+    assert report_text(RESULTS, REFERENCES).splitlines() == [
+        "result 1: 0.90 like person 1 (0.80 to 1.00), 0.00 like person 2, the next",
+        "result 2: no face found",
+        "person 1: photos 0.80 like each other, least 1.1 and 1.2 with 0.80",
+        "person 2: one photo",
+    ]
+
+
+def test_picture():
+    """A column for each reference, and a row for each face, in colours that tell the numbers."""
+    alone, table = report_sheet([], REFERENCES), report_sheet(RESULTS, REFERENCES)
+    assert table.height - alone.height >= 2 * CELL and table.width == alone.width
+    many = report_sheet(RESULTS, REFERENCES * 4)
+    assert many.width - table.width > 5 * CELL
+    colours = {colour for _, colour in table.getcolors(1 << 20)}
+    assert ALIKE in colours and (255, 255, 255) in colours
+    half = tuple(round(255 + 0.8 * (a - 255)) for a in ALIKE)
+    assert half in colours
