@@ -71,8 +71,9 @@ def on_cpu(pack, case: Case, repeats: int) -> dict:
         "seconds_per_step": step,
         "overhead": step["ours"] / step["plain"] - 1,
         "ratio_to_diffusers": step["ours"] / step["diffusers"],
+        "attention_share": attention_share(pack, variants["ours"]),
         "bytes_per_person": key_value_bytes(ours),
-        "batch": batch_scaling(ours, min(repeats, 2)),
+        "batch": batch_scaling(ours, max(1, repeats // 2)),
     }
 
 
@@ -90,6 +91,24 @@ def taking_turns(variants: dict[str, Callable], repeats: int, clock: Callable[[]
             seconds[name].append(clock() - began)
             say(f"round {number + 1} of {repeats}, {name}: {seconds[name][-1]:.2f} s")
     return seconds
+
+
+def attention_share(pack, variant: Callable) -> float:
+    """The part of a run's time that the identity's attention takes: the overhead itself, which no other load blurs."""
+    patches, spent = pack.nodes.id_attention, []
+    attend = patches.decoupled_attention
+
+    def timed(*args):
+        began = process_time()
+        out = attend(*args)
+        spent.append(process_time() - began)
+        return out
+
+    patches.decoupled_attention = timed
+    began = process_time()
+    variant()
+    patches.decoupled_attention = attend
+    return sum(spent) / (process_time() - began)
 
 
 def process_time() -> float:

@@ -27,6 +27,7 @@ def cpu(results: dict) -> str:
     case, step, batch = results["case"], results["seconds_per_step"], results["batch"]
     rows = [
         ("time per step against the same graph without the identity", f"{results['overhead']:+.1%}", "at most +3 %"),
+        ("share of a step that the identity's attention takes", f"{results['attention_share']:.1%}", "at most 3 %"),
         ("time per step against diffusers' pipeline", f"{results['ratio_to_diffusers']:.2f}", "at most 0.90"),
         ("K' and V' kept per person (fp32, 4 tokens, and nobody's)", f"{results['bytes_per_person'] / 1e6:.2f} MB",
          "under 1 MB"),
