@@ -25,7 +25,9 @@ class PaperSampler(io.ComfyNode):
             node_id="RIDFR_PaperSampler",
             display_name="Paper Sampler",
             category=types.CATEGORY,
-            description="The sampler of the paper, for the stock node Sampler Custom.",
+            description="The sampler of the paper, for the stock node Sampler Custom. The stock uni_pc_bh2 is nearly "
+            "RIDFR's UniPC, but of third order instead of second, and it stops at a noise level of 0.001 instead of 0. "
+            "The stock ddpm is FaceMe's as it is.",
             search_aliases=["unipc", "uni_pc_bh2", "ddpm", "diffusers scheduler", "ridfr sampler", "faceme sampler"],
             inputs=[
                 io.Combo.Input(
@@ -68,7 +70,9 @@ class PaperSchedule(io.ComfyNode):
             node_id="RIDFR_PaperSchedule",
             display_name="Paper Schedule",
             category=types.CATEGORY,
-            description="The noise levels at which the papers call the model, for the stock node Sampler Custom.",
+            description="The noise levels at which the papers call the model, for the stock node Sampler Custom. The "
+            "stock scheduler 'ddim_uniform' with 50 steps is 'leading' here; KSampler's 'normal' is near 'linspace', "
+            "but at times between the whole numbers that the model was trained on, such as 949.05.",
             search_aliases=["sigmas", "scheduler", "timesteps", "linspace", "leading", "diffusers schedule"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled: SD1.5, SDXL or the nano models."),
@@ -104,7 +108,9 @@ class LQStartNoise(io.ComfyNode):
             display_name="LQ Start Noise",
             category=types.CATEGORY,
             description="The start of FaceMe: the degraded face drowned in noise, instead of noise alone. "
-            "For the stock node Sampler Custom with 'add_noise' off.",
+            "For the stock node Sampler Custom with 'add_noise' off. KSampler with the degraded face's latent does "
+            "something else: it adds the noise of its first time, 981, where FaceMe adds that of the last, 999, in "
+            "which the face is a tenth fainter. (FaceMe draws the latent at random around what VAE Encode gives.)",
             search_aliases=["faceme init", "lq embedded noise", "add noise", "q sample", "initial noise"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled: SD1.5, SDXL or the nano models."),
