@@ -26,7 +26,7 @@ def graph(**nodes):
 
 
 PORTRAITS, MODEL, CLIP, CLIP_VISION, FACE = ["portraits", 0], ["nano", 0], ["nano", 1], ["nano", 3], ["face", 0]
-MANY = "each photo is another person"
+MANY, ONE = "each photo is another person", "all photos show one person"
 
 
 def extract(images, **nodes):
@@ -113,7 +113,7 @@ def test_people_and_latents_of_different_number(client):
     fails(client, bad, "The identity has 2 people but the latent batch has 3 images")
 
 
-def apply_identity():
+def apply_identity(**options):
     return node(
         "RIDFR_ApplyIdentity",
         model=MODEL,
@@ -122,7 +122,81 @@ def apply_identity():
         strength=1.0,
         start_percent=0.0,
         end_percent=1.0,
+        **options,
     )
+
+
+# Identities
+
+
+@pytest.mark.parametrize(
+    "weights, sentence",
+    [("1, 2, 3", "There are 3 weights for 2 photos"), ("1, much", "are not numbers"), ("0 0", "have weight 0")],
+)
+def test_weights_of_references(client, weights, sentence):
+    bad = extract(PORTRAITS)
+    bad["identity"]["inputs"].update(weights=weights)
+    fails(client, bad, sentence)
+
+
+def test_people_in_one_picture_need_masks(client):
+    shared = {
+        "adapter": node("RIDFR_LoadIdentityAdapter", file="nano", version="auto"),
+        "apply": apply_identity(people="all in every picture, each in their mask"),
+        "model": node("PreviewAny", source=["apply", 0]),
+    }
+    fails(client, extract(PORTRAITS, **shared), "2 people who are all to be in every picture, but there are 0 masks")
+
+
+def test_another_number_of_photos_cannot_be_joined(client):
+    one = node("RIDFR_ExtractIdentity", face_model=FACE, clip_vision=CLIP_VISION, images=PORTRAITS, batch=ONE)
+    joined = node(
+        "RIDFR_JoinIdentities",
+        identity_1=["identity", 0],
+        identity_2=["one", 0],
+        others="more photos of the same person",
+    )
+    bad = extract(PORTRAITS, one=one, joined=joined, last=node("PreviewAny", source=["joined", 0]))
+    fails(client, bad, "The identities have 2, 1 people")
+
+
+@pytest.mark.parametrize(
+    "model, sentence",
+    [
+        ({}, "connect that, too"),
+        ({"face_model": ["judge", 0]}, "made with the face model nano .* and this is nano_judge"),
+    ],
+)
+def test_best_match_needs_the_face_model(client, model, sentence):
+    judge = node("RIDFR_LoadFaceModel", pack="nano_judge")
+    best = node(
+        "RIDFR_CombineReferences", identity=["identity", 0], method="best match", degraded=PORTRAITS, **model
+    )
+    fails(client, extract(PORTRAITS, judge=judge, best=best, last=node("PreviewAny", source=["best", 0])), sentence)
+
+
+def test_saved_identities(client, server):
+    """Not overwritten unasked, not saved without a name, not loaded for another face model, not if it is none."""
+    save = node("RIDFR_SaveIdentity", identity=["identity", 0], name="bad input", overwrite=False)
+    client.run(extract(PORTRAITS, save=save))
+    folder = server.base / "models" / "identities"
+    assert {"bad input 1.safetensors", "bad input 2.safetensors"} <= {path.name for path in folder.iterdir()}
+    again = extract(PORTRAITS, save=save)
+    again["portraits"]["inputs"].update(view=7)
+    fails(client, again, "There is already a 'bad input 1.safetensors' in .*choose another name or switch overwrite on")
+    fails(client, extract(PORTRAITS, save={**save, "inputs": {**save["inputs"], "name": " / "}}), "no name for a file")
+
+    def load(file, **model):
+        return graph(load=node("RIDFR_LoadIdentity", file=file, **model), end=node("PreviewAny", source=["load", 0]))
+
+    client.run(load("bad input 1.safetensors", face_model=FACE))
+    judged = load("bad input 1.safetensors", face_model=["judge", 0])
+    judged["judge"] = node("RIDFR_LoadFaceModel", pack="nano_judge")
+    fails(client, judged, "'bad input 1.safetensors' was made with the face model nano .* and this is nano_judge")
+    lora(folder / "lora.safetensors")
+    fails(client, load("lora.safetensors"), "'lora.safetensors' is not a saved identity")
+    truncated(folder / "cut.safetensors")
+    fails(client, load("cut.safetensors"), "'cut.safetensors' is damaged or cut short")
 
 
 # Files
