@@ -1,8 +1,10 @@
+import re
+
 import pytest
 import torch
 
 from ridfr_core.adapter import BASES, IdentityAdapter, decoupled_attention, lora_of
-from ridfr_core.checkpoints import CheckpointError
+from ridfr_core.checkpoints import CheckpointError, kind_of
 from ridfr_core.layouts import unet_to_ldm
 
 PLACES = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
@@ -32,6 +34,13 @@ def random_weights(module, seed=0):
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.5)
     return module.eval()
+
+
+def meta_unet(base):
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel(cross_attention_dim=64, **SIZES[base])
 
 
 @pytest.mark.parametrize("scale", [0.6, torch.tensor([0.0, 1.0, 0.3]).view(3, 1, 1)])
@@ -69,10 +78,7 @@ def test_a_layer_matches_diffusers_with_one_identity_per_image():
 @pytest.mark.parametrize("base", ["SD1.5", "SDXL"])
 def test_layers_are_where_the_checkpoint_order_puts_them(base):
     """Published order is diffusers' `attn_processors`; ComfyUI's place follows from the ldm key of the same layer."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=64, **SIZES[base])
+    unet = meta_unet(base)
     ldm = dict(zip(unet.state_dict(), unet_to_ldm(unet.state_dict()), strict=True))
     widths, places = [], []
     for name in unet.attn_processors:
@@ -87,18 +93,99 @@ def test_layers_are_where_the_checkpoint_order_puts_them(base):
     assert list(adapter.layers) == places
 
 
-def checkpoint(lora=False):
+KINDS = {
+    "FaceID": dict(clip_dim=None),
+    "FaceID-portrait": dict(clip_dim=None, tokens=16),
+    "FaceID-Plus": dict(clip_dim=96),
+    "plus-face": dict(clip_dim=96, id_dim=None, tokens=16, width=192),
+}
+
+
+def published(unet, lora, rank=2):
+    """`ip_adapter` of a published file: its ModuleList runs over `attn_processors`, so N counts these."""
+    state = {}
+    for n, name in enumerate(unet.attn_processors):
+        width, context = unet.get_parameter(name.replace("processor", "to_k.weight")).shape
+        if ".attn2." in name:
+            state |= {f"ip_adapter.{n}.{key}.weight": torch.randn(width, 64) for key in ("to_k_ip", "to_v_ip")}
+        for key in ("q", "k", "v", "out") if lora else ():
+            inside = context if key in "kv" else width
+            state[f"ip_adapter.{n}.to_{key}_lora.down.weight"] = torch.randn(rank, inside)
+            state[f"ip_adapter.{n}.to_{key}_lora.up.weight"] = torch.randn(width, rank)
+    return state
+
+
+@pytest.mark.parametrize(("base", "count"), [("SD1.5", 288), ("SDXL", 1260)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_files_load(base, count, kind):
+    """The number of tensors of `ip_adapter` is that of the published files."""
+    unet, lora = meta_unet(base), kind.startswith("FaceID")
+    state = published(unet, lora)
+    assert len(state) == (count if lora else count // 9)
+    template = IdentityAdapter([64] * (16 if base == "SD1.5" else 70), dim=64, **KINDS[kind])
+    state |= {f"image_proj.{key}": weight for key, weight in template.image_proj.state_dict().items()}
+    adapter = IdentityAdapter.from_state_dict(state)
+    assert kind_of(state) == "identity-adapter"
+    assert (adapter.base, adapter.dim) == (base, 64)
+    assert {key: getattr(adapter, key) for key in ("clip_dim", "id_dim")} == {"id_dim": 512} | {
+        key: value for key, value in KINDS[kind].items() if key in ("clip_dim", "id_dim")
+    }
+    assert (adapter.needs_face, adapter.needs_clip) == (kind != "plus-face", kind in ("FaceID-Plus", "plus-face"))
+    embedding = torch.randn(2, 512) if adapter.needs_face else None
+    tokens = adapter.tokens(embedding, torch.randn(2, 9, 96) if adapter.needs_clip else None)
+    assert tokens.shape == (2, KINDS[kind].get("tokens", 4), 64)
+    for n, (k, _) in enumerate(adapter.keys_values(tokens)):
+        torch.testing.assert_close(k, tokens @ state[f"ip_adapter.{2 * n + 1}.to_k_ip.weight"].T)
+
+
+@pytest.mark.parametrize("base", ["SD1.5", "SDXL"])
+def test_lora_gets_the_names_of_its_layers(base):
+    """Layer N is diffusers' Nth attention; its ldm name follows from the conversion of a whole UNet."""
+    unet = meta_unet(base)
+    state = published(unet, lora=True)
+    ldm = dict(zip(unet.state_dict(), unet_to_ldm(unet.state_dict()), strict=True))
+    want = {}
+    for n, name in enumerate(unet.attn_processors):
+        for key in ("q", "k", "v", "out"):
+            module = name.replace("processor", "to_out.0" if key == "out" else f"to_{key}")
+            target = "diffusion_model." + ldm[f"{module}.weight"].removesuffix(".weight")
+            for side in ("down", "up"):
+                want[f"{target}.lora_{side}.weight"] = state[f"ip_adapter.{n}.to_{key}_lora.{side}.weight"]
+    got = lora_of(state)
+    assert got.keys() == want.keys() and all(got[key] is want[key] for key in want)
+
+
+def test_every_missing_tensor_is_named():
+    state = IdentityAdapter([64] * 16, dim=64, clip_dim=64, id_dim=8, depth=1).state_dict()
+    for key in state:
+        with pytest.raises(CheckpointError, match=f"'x.bin' lacks {re.escape(key)}, which belongs to an ident"):
+            IdentityAdapter.from_state_dict({k: w for k, w in state.items() if k != key}, name="x.bin")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"ip_adapter.31.to_k_ip.weight": None, "ip_adapter.31.to_v_ip.weight": None}, "has 15 cross-attention layers"),
+        ({"image_proj.norm.bias": torch.zeros(3)}, r"'x.bin' has image_proj.norm.bias of shape \[3\], but .* \[64\]"),
+        ({"image_proj.time.weight": torch.zeros(3)}, "'x.bin' holds 1 tensors, such as image_proj.time.weight"),
+        ({"ip_adapter.7.to_v_ip.weight": torch.zeros(64, 32)}, r"'x.bin' has ip_adapter.7.to_v_ip.weight of shape"),
+    ],
+)
+def test_odd_files_are_refused(change, sentence):
+    state = IdentityAdapter([64] * 16, dim=64, clip_dim=64, id_dim=8, depth=1).state_dict() | change
+    with pytest.raises(CheckpointError, match=sentence):
+        IdentityAdapter.from_state_dict({k: w for k, w in state.items() if w is not None}, name="x.bin")
+
+
+def checkpoint():
     adapter = random_weights(IdentityAdapter(range(64, 64 + 16 * 8, 8), dim=128, clip_dim=96, depth=2))
-    state = adapter.state_dict()
-    if lora:
-        state |= {f"ip_adapter.{n}.to_q_lora.down.weight": torch.zeros(2, 64) for n in range(32)}
-    return adapter, state
+    return adapter, adapter.state_dict()
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @torch.inference_mode()
 def test_loads_a_checkpoint(nested):
-    adapter, state = checkpoint(lora=True)
+    adapter, state = checkpoint()
     state = dict(sorted(state.items()))  # a file's order: "ip_adapter.11" before "ip_adapter.3"
     if nested:
         parts = [(key.split(".", 1), weight) for key, weight in state.items()]
@@ -106,7 +193,7 @@ def test_loads_a_checkpoint(nested):
     loaded = IdentityAdapter.from_state_dict(state)
     assert loaded.dim == 128
     assert loaded.channels == tuple(range(64, 64 + 16 * 8, 8))
-    assert len(lora_of(state)) == 32
+    assert lora_of(state) == {}
     embedding, clip = torch.randn(2, 512), torch.randn(2, 9, 96)
     tokens = loaded.tokens(embedding, clip, shortcut=True)
     assert torch.equal(tokens, adapter.tokens(embedding, clip, shortcut=True))
