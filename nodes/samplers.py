@@ -26,7 +26,8 @@ class PaperSampler(io.ComfyNode):
             display_name="Paper Sampler",
             category=types.CATEGORY,
             description="The sampler of the paper, for the stock node Sampler Custom. The stock uni_pc_bh2 is nearly "
-            "RIDFR's UniPC, but of third order instead of second, and it stops at a noise level of 0.001 instead of 0. "
+            "RIDFR's UniPC, but of third order instead of second, and it stops at a noise level of 0.001 instead of 0: "
+            "with KSampler's 'normal', the nano models' latent after 20 steps is off by 1.4e-3 (relative RMS). "
             "The stock ddpm is FaceMe's as it is.",
             search_aliases=["unipc", "uni_pc_bh2", "ddpm", "diffusers scheduler", "ridfr sampler", "faceme sampler"],
             inputs=[
