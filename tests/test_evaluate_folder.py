@@ -79,18 +79,17 @@ def test_restored_here_by_the_shipped_networks(data, tmp_path):
 
 
 def test_two_processes_measure_what_one_does(data, tmp_path, checkout):
-    numbers = {}
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
+    arguments = ["evaluate", "folder", str(data), "--references", "2", "--measure-only", "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out in (one, two):
         restore_by_hand(data, out)
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}",
-                   "--main_process_port=0", "-m", "ridfr_core.cli", "evaluate", "folder", str(data), "--out", str(out),
-                   "--references", "2", "--measure-only"]
-        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-2000:]
-        numbers[processes] = rows_of(out), (out / "summary.md").read_text(encoding="utf-8")
-    assert numbers[1] == numbers[2]
+    main([*arguments, str(one)])
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0", "-m"]
+    done = subprocess.run([sys.executable, "-m", *launch, "ridfr_core.cli", *arguments, str(two)], cwd=checkout,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("images.csv", "summary.md"):
+        assert (one / name).read_text(encoding="utf-8") == (two / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("arguments, message", [
