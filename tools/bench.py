@@ -33,15 +33,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds, each runs every variant (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the results go (default: %(default)s)")
     parser.add_argument("--note", default="", help="what the reader must know of the machine, as that it was busy")
+    parser.add_argument("--flag", action="append", default=[], help="for ComfyUI, --flag=--use-pytorch-cross-attention")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
-    pack = start_comfyui(options.tree, [] if cuda else ["--cpu"])
+    pack = start_comfyui(options.tree, [*([] if cuda else ["--cpu"]), *options.flag])
     with torch.inference_mode():
         if cuda:
             results = {"cases": [result for case in GPU for result in on_gpu(pack, case, options.repeats)]}
         else:
             results = on_cpu(pack, CPU, options.repeats)
-    results = machine(options.note) | results
+    results = machine(", ".join(filter(None, [*options.flag, options.note]))) | results
     options.folder.mkdir(exist_ok=True)
     file = options.folder / ("gpu.json" if cuda else "cpu.json")
     file.write_text(json.dumps(results, indent=1) + "\n")
