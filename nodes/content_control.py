@@ -23,20 +23,41 @@ BASES = {
     "sdxl": {"num_head_channels": 64},
     "nano": {"num_heads": NANO_HEADS},
 }
+NAMES = {"sd15": "SD1.5", "sd21": "SD2.1", "sdxl": "SDXL", "nano": "the nano models"}
 SDXL_LATENTS, SD_LATENTS = comfy.latent_formats.SDXL, comfy.latent_formats.SD15
 
 
-class ConcatNet(comfy.cldm.cldm.ControlNet):
-    """ComfyUI's ControlNet network without its hint encoder: the input is cat(z_t, LQ at latent size)."""
+class ContentNet(comfy.cldm.cldm.ControlNet):
+    """ComfyUI's ControlNet network, which says so if the diffusion model is of another family. name: of its file."""
 
-    def __init__(self, spec: ContentSpec, **config):
+    def __init__(self, spec: ContentSpec, name: str, **config):
         super().__init__(**config)
-        del self.input_hint_block
-        self.spec = spec
+        self.spec, self.name, self.context_dim = spec, name, config["context_dim"]
 
     def forward(
         self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None, **kwargs
     ) -> dict[str, list[Tensor]]:
+        """Residuals for the UNet's skips and middle. Raises ValueError if the prompts [B,T,D] have another width."""
+        if context.shape[-1] != self.context_dim:
+            raise ValueError(
+                f"The content ControlNet '{self.name}' is for {NAMES[self.spec.base]} and reads prompts of width "
+                f"{self.context_dim}, but the model's have width {context.shape[-1]}: load one that was made for this "
+                "model, or the model that it was made for."
+            )
+        return self.residuals(x, hint, timesteps, context, y)
+
+    def residuals(self, x, hint, timesteps, context, y) -> dict[str, list[Tensor]]:
+        return super().forward(x, hint, timesteps, context, y)
+
+
+class ConcatNet(ContentNet):
+    """Without the hint encoder: the input is cat(z_t, LQ at latent size)."""
+
+    def __init__(self, *args, **config):
+        super().__init__(*args, **config)
+        del self.input_hint_block
+
+    def residuals(self, x, hint, timesteps, context, y) -> dict[str, list[Tensor]]:
         h = self.spec.concat(x, comfy.utils.repeat_to_batch_size(hint, len(x)))
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         if self.num_classes is not None:
@@ -64,7 +85,7 @@ def content_control(state: dict[str, Tensor], spec: ContentSpec, name: str = "th
         "device": management.unet_offload_device(),
         "operations": comfy.ops.pick_operations(dtype, manual_cast, disable_fast_fp8=True),
     }
-    net = comfy.cldm.cldm.ControlNet(**config) if spec.kind == "hint" else ConcatNet(spec, **config)
+    net = (ContentNet if spec.kind == "hint" else ConcatNet)(spec, name, **config)
     check_tensors(state, net.state_dict(), "content-controlnet", name)
     net.load_state_dict(state)
     # Without latent_format ComfyUI resizes the image to compression_ratio * latent size; with it, to the size that its

@@ -102,6 +102,17 @@ def test_network_matches_diffusers(pack, content_control, case):
         assert relative_error(ours, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["pixel", "hint"])
+def test_a_model_of_another_family_is_named(content_control, pack, kind):
+    content = pack.ridfr_core.content
+    small = NANO | dict(widths=(32, 32), layers=1, context=64, kind=kind) | blocks(1)
+    state = content.controlnet_to_ldm(diffusers_controlnet(**small).state_dict())
+    control = content_control(state, content.ContentSpec(base="sd15", kind=kind), "x.pth")
+    z, lq, t = torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8), torch.ones(1)
+    with pytest.raises(ValueError, match=r"'x.pth' is for SD1.5 and reads prompts of width 64, but .* have width 96"):
+        control.control_model(x=z, hint=lq, timesteps=t, context=torch.zeros(1, 7, 96))
+
+
 @torch.inference_mode()
 def test_every_missing_tensor_is_refused(pack, content_control):
     """Also where it confuses the detection of the network's sizes."""
