@@ -144,8 +144,8 @@ def content_controlnet(size: Size) -> nn.Module:
 class Photos:
     """What is known of two people from two photos each, and of nobody."""
 
-    embeddings: Tensor  # [2,2,512]
-    clip: Tensor  # [2,2,T,D]
+    embeddings: Tensor  # [people,2,512]
+    clip: Tensor  # [people,2,T,D]
     nobody: Tensor  # [T,D]
 
     @classmethod
@@ -157,8 +157,12 @@ class Photos:
             torch.randn(PHOTOS_CLIP, size.clip_dim, generator=g),
         )
 
+    def first(self) -> "Photos":
+        """The first person alone."""
+        return Photos(self.embeddings[:1], self.clip[:1], self.nobody)
+
     def show(self, unet: nn.Module, cfg: bool) -> Tensor:
-        """Give diffusers' projection the CLIP features; returns the embeddings [B,2,512], nobody's before."""
+        """Give diffusers' projection the CLIP features; returns the embeddings [B,2,512], with cfg nobody's before."""
         embeddings, clip = self.embeddings, self.clip
         if cfg:
             embeddings = torch.cat([torch.zeros_like(embeddings), embeddings])
@@ -170,7 +174,7 @@ class Photos:
     def identity(self, core):
         """The pack's Identity."""
         people = tuple(core.Person(e, c, torch.ones(2)) for e, c in zip(self.embeddings, self.clip))
-        return core.Identity(people, self.nobody, "digest", torch.zeros(4, 3, 112, 112))
+        return core.Identity(people, self.nobody, "digest", torch.zeros(2 * len(people), 3, 112, 112))
 
 
 @dataclass
