@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import resource
-import signal
 import subprocess
 import sys
 import time
@@ -82,7 +80,7 @@ def test_a_run_that_is_killed_ends_where_an_undisturbed_one_does(noise, tmp_path
         assert time.monotonic() < deadline
         time.sleep(0.05)
     victim.kill()
-    assert victim.wait() == -signal.SIGKILL, victim.stdout.read()
+    assert victim.wait() != 0, victim.stdout.read()  # 0: it had come to its end before
     whole = train("content", noise, tmp_path / "whole", *more)
     resumed = train("content", noise, tmp_path / "killed", *more)
     last, again = rows(tmp_path / "whole")[-1], rows(tmp_path / "killed")[-1]
@@ -98,7 +96,7 @@ def test_two_processes_compute_what_one_does(people, tmp_path):
     single = train("align", people, tmp_path / "one", *more)
     both = python("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ridfr_core.cli", "train",
                   "align", *arguments(people, tmp_path / "two", *more))
-    output, _ = both.communicate(timeout=900)
+    output, _ = both.communicate(timeout=1800)
     assert both.returncode == 0, output
     one, two = rows(tmp_path / "one")[-1], rows(tmp_path / "two")[-1]
     for name in ("loss", "diffusion", "alignment"):
@@ -149,7 +147,7 @@ def test_a_loss_that_is_no_number_stops_the_run(noise, tmp_path):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(noise, tmp_path):
-    out = tmp_path / "full"
+    resource, out = pytest.importorskip("resource"), tmp_path / "full"
     train("content", noise, out, "steps=2")
     fresh = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, fresh[1]))  # writing beyond fails as on a full disk

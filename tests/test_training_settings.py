@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import yaml
 
+from ridfr_core import cli
 from ridfr_core.training.settings import RECIPES, STAGES, Degradation, TrainingError, as_yaml, changed, read_settings
 
 NEEDED = ["data=photos", "base=sd15", "out=run"]
@@ -65,3 +66,10 @@ def test_what_must_be_given_is_asked_for():
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(TrainingError, match=r"none.yaml' cannot be read \(No such file or directory\)"):
         read_settings("content", tmp_path / "none.yaml", NEEDED)
+
+
+def test_the_command_prints_its_settings_and_one_sentence_for_a_wrong_one(capsys):
+    cli.main(["train", "naive", "--show"])
+    assert yaml.safe_load(capsys.readouterr().out)["strength"] == 0.0
+    with pytest.raises(SystemExit, match="^ridfr train content: 'stesp=3' has the unknown key 'stesp'"):
+        cli.main(["train", "content", "stesp=3"])

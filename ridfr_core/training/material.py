@@ -4,16 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..degradation import DegradationRange
 from ..face_model import FaceModel, load_face_model
 from ..nano import WEIGHTS
-from .clip_vision import features_of_nobody, load_tower
+from .clip_vision import features_of_nobody
 from .draws import Draws
 from .photos import Photos, find_photos, some, split_people
 from .references import References, compute_features, find_faces, other_photos, strangers
-from .settings import AlignSettings, ContentSettings, IdentitySettings, TrainingError
+from .settings import AlignSettings, ContentSettings, IdentitySettings, Settings, TrainingError
 
 Say = Callable[[str], None]
 
@@ -33,25 +33,26 @@ class Material:
     face_model: FaceModel | None = None
 
 
-def cache_of(settings) -> Path:
+def cache_of(settings: Settings) -> Path:
     return Path(settings.cache) if settings.cache else Path(settings.out).parent / "cache"
 
 
-def gather(settings, device, say: Say, progress: Callable) -> Material:
+def gather(settings: Settings, tower: nn.Module | None, device, say: Say, progress: Callable) -> Material:
     """Find the photos, compute what is not in the cache, and keep some for validation.
 
-    say: prints what the user should know. progress: as tqdm. Raises TrainingError: see `photos` and `references`.
+    tower: CLIP vision, for the stages with references. say: prints what the user should know. progress: as tqdm.
+    Raises TrainingError: see `photos` and `references`.
     """
     photos, skipped = find_photos(Path(settings.data), settings.resolution, cache_of(settings))
     if skipped:
         reasons = some(f"{name} ({reason})" for name, reason in skipped.items())
         say(f"{len(skipped)} of {len(skipped) + len(photos)} photos are left out: {reasons}.")
     if isinstance(settings, IdentitySettings):
-        return _with_references(settings, photos, device, say, progress)
+        return _with_references(settings, photos, tower, device, say, progress)
     return _split_photos(settings, photos, None)
 
 
-def _split_photos(settings, photos: Photos, references: References | None, **more) -> Material:
+def _split_photos(settings: Settings, photos: Photos, references: References | None, **more) -> Material:
     rows = list(range(len(photos)))
     apart = Draws(photos, rows, settings.seed, None, None)
     held = [apart.row(n) for n in range(min(settings.validation_images, len(rows) - 1))]
@@ -68,11 +69,12 @@ def _material(settings, photos, train, validation, people, references, **more) -
     return Material(photos, *draws, people, **more)
 
 
-def _with_references(settings: IdentitySettings, photos: Photos, device, say: Say, progress: Callable) -> Material:
+def _with_references(
+    settings: IdentitySettings, photos: Photos, tower: nn.Module, device, say: Say, progress: Callable
+) -> Material:
     cache = cache_of(settings)
     nano = WEIGHTS / "insightface" / "models" / "nano"
     face_model = load_face_model(nano if settings.face_model == "nano" else settings.face_model)
-    tower = load_tower(settings.clip_vision)
     seen, landmarks = find_faces(photos, face_model, cache, progress)
     if len(seen) < len(photos):
         faceless = some(sorted(set(photos.names) - set(seen.names)))

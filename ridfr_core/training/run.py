@@ -13,10 +13,11 @@ from ..checkpoints import expect, read
 from ..content import PREFIX, ContentSpec, controlnet_to_ldm, understand
 from ..nano import WEIGHTS
 from .base import Base, load_base
+from .clip_vision import load_tower
 from .files import write_whole
 from .material import Material, gather
 from .networks import build_adapter, build_content, from_ldm, let_identity_in, merge_lora
-from .settings import AlignSettings, ContentSettings, Settings, TrainingError, as_yaml, changed
+from .settings import AlignSettings, ContentSettings, IdentitySettings, Settings, TrainingError, as_yaml, changed
 from .stages import AdapterStage, AlignStage, ContentStage, Frozen
 from .trainer import Trainer, accelerator_for
 from .validation import Validation
@@ -33,14 +34,16 @@ def run(name: str, settings: Settings) -> Path:
     from tqdm import tqdm
 
     accelerator = accelerator_for(settings)
+    torch.manual_seed(settings.seed)  # of the weights of a new adapter
+    tower = load_tower(settings.clip_vision) if isinstance(settings, IdentitySettings) else None
+    clip_dim = tower.config.hidden_size if tower is not None else None
+    stage = build_stage(settings, load_base(settings.base), clip_dim, accelerator.device)
     with accelerator.main_process_first():  # the others find everything in the cache
-        material = gather(settings, accelerator.device, accelerator.print,
+        material = gather(settings, tower, accelerator.device, accelerator.print,
                           lambda batches, **kwargs: tqdm(batches, disable=not accelerator.is_main_process, **kwargs))
         _same_run(name, settings, material)
+    del tower  # ViT-H takes 2.5 GB
     accelerator.print(f"{len(material.train.rows)} photos to train on, {len(material.validation.rows)} for validation.")
-    torch.manual_seed(settings.seed)  # of the weights of a new adapter
-    base = load_base(settings.base)
-    stage = build_stage(settings, base, clip_dim=_clip_dim(material), device=accelerator.device)
     accelerator.init_trackers("tensorboard")
     validation = Validation(accelerator, stage, stage.frozen, material, settings)
     Trainer(accelerator, stage, material.train, settings, validation).train()
@@ -137,11 +140,6 @@ def _history(name: str, settings: Settings, material: Material) -> dict[str, str
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _clip_dim(material: Material) -> int | None:
-    references = material.train.references
-    return None if references is None else references.nobody.shape[-1]
 
 
 def _same_run(name: str, settings: Settings, material: Material) -> None:

@@ -25,7 +25,8 @@ def accelerator_for(settings: Settings):
 
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process computes the features
     precision = "no" if settings.precision == "fp32" else settings.precision
-    return Accelerator(mixed_precision=precision, gradient_accumulation_steps=settings.accumulate,
+    cpu = not torch.accelerator.is_available()  # unless told so, accelerate keeps processes on CPUs apart
+    return Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=settings.accumulate,
                        log_with="tensorboard", project_dir=settings.out, kwargs_handlers=[patient])
 
 
