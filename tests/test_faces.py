@@ -83,10 +83,9 @@ def landmark_error(detector) -> float:
 
 
 def test_detector_finds_landmarks_of_portraits(detector):
-    assert landmark_error(detector) < 0.12  # what the weights of today keep
+    assert landmark_error(detector) < 0.06
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="nano's detector reaches 0.08: see its model card")
 def test_detector_finds_landmarks_as_well_as_it_should(detector):
     assert landmark_error(detector) <= 0.04
 
@@ -103,7 +102,6 @@ def test_detector_orders_by_size_and_maps_back_to_the_image(detector):
     assert (second.landmarks - truth).norm(dim=-1).mean() < 0.15 * eye_distance(truth[None])
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="nano's detector takes the nose for the face")
 def test_detector_finds_a_face_that_fills_the_frame(detector):
     person = torch.tensor([SPLITS["test"].start + 3])
     tight = render(person, torch.zeros(1, dtype=torch.long), size=256)

@@ -5,7 +5,7 @@
 Guo et al., "Sample and Computation Redistribution for Efficient Face Detection", ICLR 2022. Anchors are points: the
 location (i, j) of a map of stride s stands for the pixel (s i, s j), twice, for a smaller and a larger face. Per anchor
 the network gives a score, the distances to the box's sides and the offsets of the landmarks, in units of the stride.
-One location knows the landmarks only roughly, so they are refined: a field over the finest map says, for every place
+One location knows the landmarks only roughly, so they are refined: a field at half the stride says, for every place
 and each of the five, how far the landmark is from there, and each is moved by what the field says at its estimate.
 Scenes are made of portraits at all scales, some degraded. The figures go to `recognition.json` under "detector": steps,
 seconds, loss, parameters; found and landmark_error on held-out test portraits of 128 px, by `faces.Detector` and, with
@@ -39,8 +39,8 @@ CANVASES = (128, 128, 128, 256, 384, 640)  # one is drawn per step
 PIXELS = 640 * 640  # per step
 DAMAGE = DegradationRange(sigma=(0.2, 3), ratio=(1, 6), noise=(0, 15), quality=(40, 100))
 FILE = "det_nano.onnx"  # of both packs
-RECIPE = Recipe(steps=5000, batch=0, lr=3e-3, ema=0.995)  # the batch depends on the canvas
-FREEZE = 0.3  # share of the steps after which batch norms keep their statistics
+RECIPE = Recipe(steps=2400, batch=0, lr=3e-3, ema=0.995)  # the batch depends on the canvas
+FREEZE = 0.5  # share of the steps after which batch norms keep their statistics
 
 
 def _conv(channels_in: int, channels: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
@@ -49,55 +49,61 @@ def _conv(channels_in: int, channels: int, stride: int = 1, dilation: int = 1) -
 
 
 class DetectorNet(nn.Module):
-    """Convolutions down to stride 32, a pyramid back up to stride 8, one head per stride, the refining field.
+    """Convolutions down to stride 32, a pyramid back up to stride 4, a head and a refining field per stride.
 
     Maps images [B,3,H,W], RGB, (x - 127.5) / 128 of 0..255, sides multiples of 32, to
     anchors: over strides, [B, 2 H W / s^2, 15]: score logit, box and landmark distances in strides;
-    field: [B,10,H/8,W/8], (x, y) of each landmark in px / 8.
+    fields: over strides, [B,10,2H/s,2W/s], (x, y) of each landmark in strides.
     """
 
-    def __init__(self, widths=(16, 24, 40, 48, 64), pyramid: int = 48):
+    def __init__(self, widths=(16, 32, 48, 64, 96), pyramid: int = 48):
         super().__init__()
         stem, quarter, *rest = widths
-        self.stem = nn.Sequential(_conv(3, stem, 2), _conv(stem, quarter, 2))
+        self.stem = nn.Sequential(_conv(3, stem, 2), _conv(stem, quarter, 2), _conv(quarter, quarter))
         self.stages = nn.ModuleList([
             nn.Sequential(_conv(quarter, rest[0], 2), _conv(rest[0], rest[0]), _conv(rest[0], rest[0])),
             nn.Sequential(_conv(rest[0], rest[1], 2), _conv(rest[1], rest[1])),
             # dilation lets the coarsest map see a face that fills a frame of 640
             nn.Sequential(_conv(rest[1], rest[2], 2), *(_conv(rest[2], rest[2], dilation=d) for d in (1, 2, 4)))])
-        self.laterals = nn.ModuleList(nn.Conv2d(width, pyramid, 1) for width in rest)
+        self.laterals = nn.ModuleList(nn.Conv2d(width, pyramid, 1) for width in widths[1:])
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(pyramid, pyramid, 2, 2) for _ in STRIDES)
         self.heads = nn.ModuleList(
             nn.Sequential(_conv(pyramid, pyramid), _conv(pyramid, pyramid), nn.Conv2d(pyramid, 2 * VALUES, 1))
             for _ in STRIDES)
         for head in self.heads:
             nn.init.constant_(head[-1].bias.data[::VALUES], -4.0)  # faces are rare
-        self.field = nn.Sequential(_conv(pyramid, 32), nn.Conv2d(32, 10, 1))
+        self.fields = nn.ModuleList(nn.Sequential(_conv(pyramid, pyramid), nn.Conv2d(pyramid, 10, 1)) for _ in STRIDES)
         for stride, sides in zip(STRIDES, SIDES):  # brings the distances to the order of 1
             unit = torch.tensor([[1.0] + [side / stride] * (VALUES - 1) for side in sides])
             self.register_buffer(f"unit{stride}", unit.view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        x = self.stem(x)
-        maps = []
-        for stage, lateral in zip(self.stages, self.laterals):
-            x = stage(x)
-            maps.append(lateral(x))
-        for level in (1, 0):
-            maps[level] = maps[level] + F.interpolate(maps[level + 1], scale_factor=2.0, mode="nearest")
-        values = [head(m) * getattr(self, f"unit{s}") for head, m, s in zip(self.heads, maps, STRIDES)]
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        maps = [self.stem(x)]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        maps = [lateral(m) for lateral, m in zip(self.laterals, maps)]
+        for level in (2, 1, 0):
+            maps[level] = maps[level] + self.ups[level](maps[level + 1])
+        values = [head(m) * getattr(self, f"unit{s}") for head, m, s in zip(self.heads, maps[1:], STRIDES)]
         anchors = [v.permute(0, 2, 3, 1).reshape(v.shape[0], -1, VALUES) for v in values]
-        return anchors, self.field(maps[0])
+        return anchors, [field(m) for field, m in zip(self.fields, maps)]
 
 
-def refine(landmarks: Tensor, field: Tensor) -> Tensor:
-    """Move landmarks [B,A,5,2] px by the field [B,10,h,w], twice."""
+def estimate(values: Tensor, field: Tensor, points: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Landmarks [B,A,5,2] px by the anchors of one stride: as each says itself, and refined by the field."""
+    own = points[:, None] + stride * values[..., 5:].reshape(values.shape[0], -1, 5, 2)
+    return own, refine(own.detach(), field, stride)
+
+
+def refine(landmarks: Tensor, field: Tensor, stride: int) -> Tensor:
+    """Move landmarks [B,A,5,2] px by the field [B,10,h,w] of a stride, twice."""
     batch, count = landmarks.shape[:2]
     field = field.float().reshape(-1, 2, field.shape[2], field.shape[3])
-    extent = STRIDES[0] * anchor_points(field, 1)[-1]  # the last pixel it covers
+    extent = stride // 2 * anchor_points(field, 1)[-1]  # the last pixel it covers
     points = landmarks.transpose(1, 2).reshape(-1, count, 1, 2)
     for _ in range(2):
         move = F.grid_sample(field, 2 * points / extent - 1, padding_mode="border", align_corners=True)
-        points = points + STRIDES[0] * move.permute(0, 2, 3, 1)
+        points = points + stride * move.permute(0, 2, 3, 1)
     return points.reshape(batch, 5, count, 2).transpose(1, 2)
 
 
@@ -109,11 +115,11 @@ class ScrfdOutputs(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        values, field = self.net(x)
+        values, fields = self.net(x)
         landmarks = []
-        for v, stride in zip(values, STRIDES):
+        for v, field, stride in zip(values, fields, STRIDES):
             points = anchor_points(x, stride)
-            refined = refine(points[None, :, None] + v[:, :, 5:].reshape(1, -1, 5, 2) * stride, field)
+            _, refined = estimate(v, field, points, stride)
             landmarks.append(((refined[0] - points[:, None]) / stride).reshape(-1, 10))
         return (*(v[0, :, :1].sigmoid() for v in values), *(v[0, :, 1:5] for v in values), *landmarks)
 
@@ -125,6 +131,22 @@ def export_onnx(net: DetectorNet, path: Path) -> None:
     axes = {"input.1": {2: "height", 3: "width"}, **{name: {0: f"anchors_{name[-2:]}"} for name in names}}
     torch.onnx.export(ScrfdOutputs(net).eval(), (torch.zeros(1, 3, 128, 128),), str(path), input_names=["input.1"],
                       output_names=names, dynamic_axes=axes, opset_version=16, dynamo=False)
+    _halve(path)
+
+
+def _halve(path: Path) -> None:
+    """Store an ONNX file's weights in half precision; the runtime casts them back when it loads them."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = (model := onnx.load(str(path))).graph
+    weights = [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT]
+    for tensor in weights:
+        half = numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float16"), f"{tensor.name}.half")
+        graph.node.insert(0, helper.make_node("Cast", [half.name], [tensor.name], to=TensorProto.FLOAT))
+        graph.initializer.remove(tensor)
+        graph.initializer.append(half)
+    onnx.save(model, str(path))
 
 
 def anchor_points(images: Tensor, stride: int) -> Tensor:
@@ -159,7 +181,9 @@ def detection_loss(net: DetectorNet, images: Tensor, landmarks: Tensor, present:
     a factor of 1.7) whose centre is within a stride; up to two strides it counts neither way.
     """
     with torch.autocast("cpu", torch.bfloat16):
-        values, field = net(images)
+        values, fields = net(images)
+    own, refined = (torch.cat(all_strides, 1) for all_strides in zip(*(
+        estimate(v.float(), field, anchor_points(images, s), s) for v, field, s in zip(values, fields, STRIDES))))
     values = torch.cat(values, 1).float()
     points, strides, sides = anchors(images)
     boxes = face_boxes(landmarks)
@@ -178,15 +202,11 @@ def detection_loss(net: DetectorNet, images: Tensor, landmarks: Tensor, present:
 
     image, anchor = positive.nonzero(as_tuple=True)
     face = which[image, anchor]
-    distances = values[..., 1:] * strides[:, None]
-    first = points[:, None] + distances[..., 4:].unflatten(2, (5, 2))
-    second = refine(first.detach(), field)
-
     box, point = boxes[image, face], points[anchor]
     edges = torch.cat([point - box[:, :2], box[:, 2:] - point], 1)
-    error = (distances[image, anchor, :4] - edges).abs().sum(1)
-    for estimate in (first, second):
-        error = error + 2 * (estimate[image, anchor] - landmarks[image, face]).abs().sum((1, 2))
+    error = (values[image, anchor, 1:5] * strides[anchor, None] - edges).abs().sum(1)
+    for found, weight in ((own, 2), (refined, 4)):
+        error = error + weight * (found[image, anchor] - landmarks[image, face]).abs().sum((1, 2))
     return (focal * certain).sum() / count + 2 * (error / side[image, face]).sum() / count
 
 
@@ -210,7 +230,7 @@ def scene(portraits: PortraitSet, size: int, generator: torch.Generator) -> tupl
     for _ in range(1 if alone else 3):
         images, points = _portraits(portraits, batch, generator)
         if alone:
-            side, at = uniform(0.6, 1.1) * size, 0.5 + uniform(-0.15, 0.15, 2)
+            side, at = (0.6 + 1.5 * uniform(0, 1).square()) * size, 0.5 + uniform(-0.15, 0.15, 2)
         else:
             side, at = 48 * (1.2 * size / 48) ** uniform(0, 1), uniform(-0.1, 1.1, 2)
         linear, shift = _placement(side, at * (size - side)[:, None], uniform(-0.4, 0.4) * uniform(0, 1))
@@ -246,10 +266,10 @@ def _covered(landmarks: Tensor, mask: Tensor) -> Tensor:
 
 
 def _portraits(portraits: PortraitSet, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(images, landmarks) of random portraits, a third of them degraded."""
+    """(images, landmarks) of random portraits, a fifth of them degraded."""
     rows = torch.randint(len(portraits), (count,), generator=generator)
     images = portraits.batch(rows)
-    damaged = torch.rand(count, generator=generator) < 1 / 3
+    damaged = torch.rand(count, generator=generator) < 1 / 5
     if damaged.any():
         drawn = DAMAGE.draw(int(damaged.sum()), generator)
         images[damaged] = degrade(images[damaged], **drawn, generator=generator)
@@ -318,13 +338,17 @@ def train_detector(work: Path, steps: int | None = None, threads: int = 1) -> di
         images, landmarks, present = scene(portraits, size, generator)
         return (images * 255 - 127.5) / 128, landmarks, present
 
+    def freeze() -> None:
+        freeze_norms(net, work / "detector-norms.pt",
+                     lambda: [batch(recipe.generator(-1 - index))[0] for index in range(60)])
+
     def loss(step: int, generator: torch.Generator) -> Tensor:
         if step >= FREEZE * recipe.steps and net.training:
-            freeze_norms(net, work / "detector-norms.pt",
-                         lambda: [batch(recipe.generator(-1 - index))[0] for index in range(60)])
+            freeze()
         return detection_loss(net, *batch(generator))
 
     run.train(loss)
+    freeze()  # a run that was complete when it was started took no step
     models = WEIGHTS / "insightface" / "models"
     for pack in ("nano", "nano_judge"):
         export_onnx(net, models / pack / FILE)
