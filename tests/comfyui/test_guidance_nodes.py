@@ -446,8 +446,8 @@ def test_pictures_that_do_not_go_together(guided, nano, sample):
         guided(lq=torch.rand(3, 128, 128, 3))
     with pytest.raises(ValueError, match="has 2 faces but the latent batch has 3 images: give as many"):
         sample(guided()[0], nano.prompt, batch=3)
-    with pytest.raises(ValueError, match="LQ image is 256x128 but the latent is for 128x128: connect the picture"):
-        sample(guided(lq=torch.rand(1, 128, 256, 3))[0], nano.prompt)
+    with pytest.raises(ValueError, match="LQ image is 128x64 but the latent is for 128x128: connect the picture"):
+        sample(guided(lq=torch.rand(1, 64, 128, 3))[0], nano.prompt)
 
 
 def test_no_face_in_the_lq_image(guided, nano, sample, face_model, monkeypatch, shown):
