@@ -118,8 +118,8 @@ def rms(x):
 @pytest.mark.parametrize(
     "kind, step_size, update",
     [
-        ("raw, as in the paper", 20.0, lambda eps, gradient: 20 * gradient),
-        ("relative to the noise", 0.05, lambda eps, gradient: 0.05 * rms(eps) * gradient / rms(gradient)),
+        ("raw, as in the paper", 10.0, lambda eps, gradient: 10 * gradient),
+        ("relative to the noise", 0.03, lambda eps, gradient: 0.03 * rms(eps) * gradient / rms(gradient)),
     ],
     ids=["raw", "relative"],
 )
@@ -155,7 +155,7 @@ def test_the_same_update_in_diffusers(guided, nano, people, face_model, weights,
         )
     plain = comfy(nano.model)
     assert ((ours - theirs).square().mean() / theirs.square().mean()).sqrt() <= 1e-3
-    assert ((ours - plain).square().mean() / plain.square().mean()).sqrt() >= 0.05
+    assert ((ours - plain).square().mean() / plain.square().mean()).sqrt() >= 0.03
 
 
 @pytest.mark.parametrize("settings", [{"step_size": 0.0}, {"start_percent": 0.5, "end_percent": 0.5}])
