@@ -105,6 +105,15 @@ def pack(comfy, checkout) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def schemas(pack) -> dict:
+    """Node id -> schema."""
+    pack.nodes.paths.register_folders()
+    extension = asyncio.run(pack.comfy_entrypoint())
+    found = (node.define_schema() for node in asyncio.run(extension.get_node_list()))
+    return {schema.node_id: schema for schema in found}
+
+
+@pytest.fixture(scope="session")
 def nano_workflow(checkout) -> dict:
     """workflows/ridfr_nano.json, in the editor's format."""
     return json.loads((checkout / "workflows" / "ridfr_nano.json").read_text(encoding="utf-8"))

@@ -1,20 +1,8 @@
 """What saved graphs rely on: the nodes' ids, inputs and outputs stay where they are."""
 
-import asyncio
 import json
 
-import pytest
-
 WIDGETS = ("INT", "FLOAT", "COMBO", "STRING", "BOOLEAN")
-
-
-@pytest.fixture(scope="module")
-def schemas(pack) -> dict:
-    """Node id -> schema."""
-    pack.nodes.paths.register_folders()
-    extension = asyncio.run(pack.comfy_entrypoint())
-    found = (node.define_schema() for node in asyncio.run(extension.get_node_list()))
-    return {schema.node_id: schema for schema in found}
 
 
 def slots(schema) -> dict:
