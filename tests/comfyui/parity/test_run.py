@@ -78,6 +78,7 @@ def test_faceme(samplers, sample):
     start = samplers.LQStartNoise.execute(model, {"samples": lq}, sigmas, SEED)[0]
     sampler = samplers.PaperSampler.execute(samplers.DDPM)[0]
     generator = torch.Generator().manual_seed(SEED)
-    sampler.extra_options["noise_sampler"] = lambda *_: torch.randn(lq.shape, generator=generator)
+    # a dict of its own: ComfyUI gives all samplers the same one
+    sampler.extra_options = {"noise_sampler": lambda *_: torch.randn(lq.shape, generator=generator)}
     got = sample(model, [[positive, more]], [[negative, more]], start, sampler, sigmas, 5.0, add_noise=False)
     assert relative_rms(got, want) < 1e-3
