@@ -8,6 +8,7 @@ import sys
 import zipfile
 
 import pytest
+from PIL import Image
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,6 +39,23 @@ def test_registry_fields(project):
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["project"]["version"])
 
 
+@pytest.mark.parametrize("field, proportions", [("Icon", 1), ("Banner", 21 / 9)])
+def test_registry_pictures_are_in_the_repository(checkout, project, field, proportions):
+    """Square and at most 400 pixels, and 21:9: what the registry asks for."""
+    url, repository = project["tool"]["comfy"][field], project["project"]["urls"]["Repository"]
+    branch = repository.replace("github.com", "raw.githubusercontent.com") + "/main/"
+    assert url.startswith(branch)
+    with Image.open(checkout / url.removeprefix(branch)) as picture:
+        assert picture.width / picture.height == pytest.approx(proportions, rel=0.01)
+        assert field != "Icon" or picture.width <= 400
+
+
+def test_every_graph_has_its_picture(checkout):
+    """The editor's template browser shows NAME.jpg, of no other kind."""
+    graphs, pictures = ({path.stem for path in (checkout / "workflows").glob(f"*.{kind}")} for kind in ("json", "jpg"))
+    assert graphs == pictures
+
+
 def test_minimum_comfyui_is_the_same_for_the_tools(project):
     from tools.comfyui import MINIMUM
 
@@ -62,7 +80,9 @@ def test_registry_accepts_and_packs_the_node(checkout, tmp_path):
         assert "warning" not in (done.stdout + done.stderr).lower(), done.stdout + done.stderr
     names = zipfile.ZipFile(clone / "node.zip").namelist()
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE"} <= set(names)
-    assert not [name for name in names if name.split("/")[0] in {"tests", "tools", "benchmarks", ".ci", "Makefile"}]
+    assert {"workflows/ridfr_nano.json", "workflows/ridfr_nano.jpg", "web/docs/RIDFR_ApplyIdentity.md"} <= set(names)
+    left_out = {"tests", "tools", "benchmarks", "assets", ".ci", "Makefile"}
+    assert not [name for name in names if name.split("/")[0] in left_out]
 
 
 def calls_and_imports(path):

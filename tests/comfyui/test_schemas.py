@@ -42,3 +42,13 @@ def test_the_workflow_fits_the_schemas(schemas, nano_workflow):
             widgets = [i for i in known if i.get_io_type() in WIDGETS]
             seeds = [i for i in widgets if getattr(i, "control_after_generate", None)]  # followed by "fixed"
             assert len(node["widgets_values"]) == len(widgets) + len(seeds)
+
+
+def test_graphs_call_inputs_as_new_nodes_do(schemas, checkout):
+    """The editor shows an input of a saved graph under its id, unless the graph says its label."""
+    for graph in (checkout / "workflows").glob("*.json"):
+        for node in json.loads(graph.read_text(encoding="utf-8"))["nodes"]:
+            known = {i.id: i.display_name for i in schemas[node["type"]].inputs} if node["type"] in schemas else {}
+            for slot in node["inputs"]:
+                if "widget" not in slot and known.get(slot["name"]):
+                    assert slot.get("label") == known[slot["name"]], f"{graph.name}: {node['type']}"
