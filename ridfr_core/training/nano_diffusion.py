@@ -23,10 +23,10 @@ from .nano_vae import near
 from .networks import build_adapter, let_identity_in
 from .portrait_data import PortraitSet
 
-BASE = Recipe(steps=7000, batch=32, lr=1e-3, ema=0.998)
-ADAPT = Recipe(steps=1800, batch=32, lr=8e-4, ema=0.997)
-CONTENT = Recipe(steps=1000, batch=32, lr=8e-4, ema=0.997)
-ALIGN = Recipe(steps=300, batch=16, lr=3e-4, ema=0.99)
+BASE = Recipe(steps=6400, batch=16, lr=1e-3, ema=0.998)
+ADAPT = Recipe(steps=3200, batch=16, lr=8e-4, ema=0.997)
+CONTENT = Recipe(steps=1800, batch=16, lr=8e-4, ema=0.997)
+ALIGN = Recipe(steps=700, batch=8, lr=3e-4, ema=0.99)
 
 SEVERE = DegradationRange(sigma=(2.0, 4.0), ratio=(6.0, 10.0), noise=(5.0, 15.0), quality=(40, 80))
 SPEC = ContentSpec(value_range="-1..1", kernel="area", base="nano")
