@@ -1,9 +1,11 @@
 """Whole runs: a graph of stock nodes and this pack's ends at the latent at which diffusers' pipeline ends."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from .reference import SCHEDULE, Size, comfy_model, diffusers_unet, relative_rms
+from .reference import SCHEDULE, Size, comfy_model, content_controlnet, diffusers_unet, relative_rms
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -40,6 +42,40 @@ def sample(comfy):
         return model.model.process_latent_in(out["samples"])
 
     return sample
+
+
+def test_ridfr(sd15, apply, load_content, samplers, sample):
+    """UniPC, 20 steps, with content ControlNet, identity and LoRA. The pipeline takes one person."""
+    import comfy.sample
+    from diffusers import StableDiffusionControlNetPipeline
+
+    from nodes import ControlNetApplyAdvanced
+
+    sd15 = replace(sd15, photos=sd15.photos.first())
+    net = content_controlnet(sd15.size)
+    negative, positive = torch.randn(2, 1, 9, sd15.size.context)
+    image, empty = torch.rand(1, 3, 128, 128), torch.zeros(1, 4, 16, 16)
+    pipe = StableDiffusionControlNetPipeline(**sd15.pipe.components, controlnet=net, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    want = pipe(
+        prompt_embeds=positive,
+        negative_prompt_embeds=negative,
+        image=image,
+        latents=comfy.sample.prepare_noise(empty, SEED),
+        ip_adapter_image_embeds=[sd15.photos.show(sd15.unet, cfg=True)],
+        num_inference_steps=STEPS,
+        guidance_scale=2.0,
+        output_type="latent",
+    ).images
+
+    model = apply(sd15)
+    positive, negative = ControlNetApplyAdvanced().apply_controlnet(
+        [[positive, {}]], [[negative, {}]], load_content(net), image.movedim(1, -1), 1.0, 0.0, 1.0
+    )
+    sigmas = samplers.PaperSchedule.execute(model, "linspace", STEPS)[0]
+    sampler = samplers.PaperSampler.execute(samplers.UNIPC)[0]
+    got = sample(model, positive, negative, {"samples": empty}, sampler, sigmas, 2.0)
+    assert relative_rms(got, want) < 1e-3
 
 
 def test_faceme(samplers, sample):
