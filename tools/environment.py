@@ -19,7 +19,7 @@ from . import comfyui
 from .cache import CHECKOUT, cache, key_of, locked
 from .steps import StepError, run, say
 
-EXTRAS = ("train", "dev")
+EXTRAS = ("--extra", "train", "--extra", "dev")
 LOCK = CHECKOUT / "tools" / "lock.txt"
 STAMP = "ridfr.json"  # written last: an environment without it is half made
 MODULES = {  # what the pack and this tool import, and what pip calls it
@@ -111,17 +111,16 @@ def create(folder: Path) -> None:
 def install(python: Path, tree: Path) -> None:
     say("installing the requirements of ComfyUI and of the pack (up to 3 GB to download, once)")
     quiet = [] if sys.stderr.isatty() else ["-q"]
+    files = [word for file in requirement_files(tree) for word in ("-r", file)]
     run("Installing the requirements",
-        [python, "-m", "uv", "pip", "install", *quiet, "--python", python, "--constraints", LOCK, *requirements(tree)],
+        [python, "-m", "uv", "pip", "install", *quiet, "--python", python, "--constraints", LOCK, *files, *EXTRAS],
         "Look at the network and at the disk's free space (12 GB), then run the same command again: it resumes.",
         env=os.environ | index_settings(python))
 
 
-def requirements(tree: Path) -> list:
-    """uv's arguments for all that the test bed holds."""
-    extras = [part for extra in EXTRAS for part in ("--extra", extra)]
-    return ["-r", CHECKOUT / "tools" / "testbed.txt", "-r", tree / "requirements.txt",
-            "-r", CHECKOUT / "pyproject.toml", *extras]
+def requirement_files(tree: Path) -> list[Path]:
+    """All that the test bed holds, with EXTRAS of pyproject.toml."""
+    return [CHECKOUT / "tools" / "testbed.txt", tree / "requirements.txt", CHECKOUT / "pyproject.toml"]
 
 
 def index_settings(python: Path) -> dict[str, str]:
@@ -158,6 +157,6 @@ def write_lock() -> None:
     bed = prepare()
     run("Resolving the requirements",
         [bed.python, "-m", "uv", "pip", "compile", "-q", "--universal", "--upgrade", "--python-version", "3.10",
-         "--no-header", "--no-annotate", *requirements(comfyui.place_of(comfyui.NEWEST)), "-o", LOCK],
+         "--no-header", "--no-annotate", *requirement_files(comfyui.place_of(comfyui.NEWEST)), *EXTRAS, "-o", LOCK],
         "Look at the network and at pip's index settings.", env=os.environ | index_settings(bed.python))
     say(f"wrote {LOCK}")
