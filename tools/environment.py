@@ -155,8 +155,11 @@ def check_users_python(python: Path, tests: bool) -> None:
 def write_lock() -> None:
     """Resolve the test bed anew, for every platform and Python it supports, into tools/lock.txt."""
     bed = prepare()
+    # Only the main index: what pip is given beside it often has one platform's wheels, and the lock is for all.
+    index = {name: value for name, value in index_settings(bed.python).items()
+             if name not in ("UV_INDEX", "UV_FIND_LINKS")}
     run("Resolving the requirements",
         [bed.python, "-m", "uv", "pip", "compile", "-q", "--universal", "--upgrade", "--python-version", "3.10",
          "--no-header", "--no-annotate", *requirement_files(comfyui.place_of(comfyui.NEWEST)), *EXTRAS, "-o", LOCK],
-        "Look at the network and at pip's index settings.", env=os.environ | index_settings(bed.python))
+        "Look at the network and at pip's index settings.", env=os.environ | index)
     say(f"wrote {LOCK}")
