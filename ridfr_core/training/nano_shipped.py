@@ -31,7 +31,7 @@ def adopt(work: Path) -> None:
         "vision": (nano_vision.RECIPE, {f"tower.{k}": v.float() for k, v in vision.items()}),
         "base": (nano_diffusion.BASE, {f"unet.{k}": v for k, v in unet_state.items()}),
         "adapter": (nano_diffusion.ADAPT, {k: v.float() for k, v in adapter.items()}),
-        f"aligned-{1.0:g}": (nano_diffusion.ALIGN, from_ldm(control, controlnet_to_ldm, content)),
+        f"aligned-{nano_diffusion.LAMBDA:g}": (nano_diffusion.ALIGN, from_ldm(control, controlnet_to_ldm, content)),
     }
     for name, (recipe, state) in runs.items():
         path = work / f"{name}.pt"
