@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..degradation import degrade
 from ..face_model import load_face_model
 from ..faces import align
+from ..metrics import psnr
 from ..nano import WEIGHTS
 from ..nano.config import LATENT_SCALE
 from ..recognition import embed
@@ -43,11 +44,6 @@ def decode(vae: nn.Module, latents: Tensor) -> Tensor:
     """Images [B,3,H,W] in [0,1]."""
     with torch.no_grad():
         return (vae.decode(latents / LATENT_SCALE).sample / 2 + 0.5).clamp(0, 1)
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio [B] in dB of images in [0,1]."""
-    return -10 * (a - b).square().mean((1, 2, 3)).log10()
 
 
 def measure(nano, content: nn.Module, work: Path, split: str = "test") -> tuple[dict, dict[str, Tensor]]:
