@@ -197,17 +197,19 @@ def test_each_picture_has_its_person(guided, nano, sample, people):
         assert (both[i] - alone[1 - i]).abs().max() > 0.01
 
 
-@pytest.mark.xfail(strict=True, reason="the face below the target is left alone, too: cause not found yet")
 def test_a_face_that_is_similar_enough_is_left_alone_to_the_bit(guided, nano, sample):
-    plain = sample(nano.model, nano.prompt, steps=1)
+    """Euler, for ComfyUI's UniPC makes no use of its only prediction in a run of one step."""
+
+    def run(model):
+        return sample(model, nano.prompt, steps=1, sampler="euler")
+
     model, record = guided()
-    sample(model, nano.prompt, steps=1)
+    run(model)
     values = record.similarity[0]
     target = sum(values) / 2  # one of the two is above it
-    moved = sample(guided(target=target)[0], nano.prompt, steps=1)
     met = [value >= target for value in values]
     assert sorted(met) == [False, True]
-    assert [torch.equal(a, b) for a, b in zip(plain, moved, strict=True)] == met
+    assert [torch.equal(a, b) for a, b in zip(run(nano.model), run(guided(target=target)[0]), strict=True)] == met
 
 
 def test_decode_modes(guided, nano, sample):
