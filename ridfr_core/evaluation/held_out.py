@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import IdentityAdapter
@@ -17,8 +16,9 @@ from ..face_model import load_face_model
 from ..faces import align
 from ..metrics import identity_variance, psnr, similarity, ssim
 from ..nano import WEIGHTS
+from ..nano.config import PORTRAIT
 from ..recognition import embed
-from ..training import clip_vision
+from ..training import clip_vision, references
 from ..training.nano_diffusion import SEVERE
 from ..training.portrait_data import fingerprint, portrait_set
 from .restorer import Restorer
@@ -119,8 +119,9 @@ class HeldOut:
                 identity = self._keys_values(method, references.flatten()[part], shrink)
                 nobody = self._nobody(method, len(part)) if guidance != 1 else None
             who = people[part]
-            images.append(method.restorer.restore(self.lq[who], identity, nobody, guidance, self.steps, seeds=who))
-        return self.compare(torch.cat(images))
+            with torch.autocast("cpu", torch.bfloat16):  # 1.6 times as fast; moves the mean similarity by 0.0005
+                images.append(method.restorer.restore(self.lq[who], identity, nobody, guidance, self.steps, seeds=who))
+        return self.compare(torch.cat(images).float())
 
     @torch.no_grad()
     def _keys_values(self, method: Method, rows: Tensor, shrink: int) -> list[tuple[Tensor, Tensor]]:
@@ -134,11 +135,8 @@ class HeldOut:
             parts = []
             for rows in torch.arange(len(self.portraits)).split(BATCH):
                 images, landmarks = self.portraits.batch(rows), self.portraits.landmarks[rows]
-                if shrink > 1:
-                    small = F.interpolate(images, scale_factor=1 / shrink, mode="area")
-                    images = F.interpolate(small, size=images.shape[-2:], mode="bicubic").clamp(0, 1)
-                parts.append((embed(self.recogniser, align(images, landmarks)),
-                              clip_vision.features(tower, images, landmarks)))
+                photos = references.shrink(images, landmarks, PORTRAIT // shrink)
+                parts.append((embed(self.recogniser, align(*photos)), clip_vision.features(tower, *photos)))
             self.features[tower, shrink] = tuple(map(torch.cat, zip(*parts)))
         return self.features[tower, shrink]
 

@@ -199,13 +199,14 @@ class NanoReport:
         parts = [
             "# RIDFR's tables at nano scale",
             f"Made by `{command}`. {bench.people} people that no network has seen, {bench.references.shape[1]} "
-            f"references each; UniPC, {bench.steps} steps (the paper: 20); guidance on the identity {guidances}. Every "
-            "number in brackets is a 95 % bootstrap interval over people; differences and ratios are paired. "
-            "IDS-HQ is the cosine to the truth by the judge, a recogniser of another architecture, other training "
-            "people and another loss than the one that conditions. I.V., the identity variance, is the trace of the "
-            "covariance of the judge's unit embeddings of the results for one LQ face under all references, mean over "
-            "people: 1/(R-1) Σ|e - mean(e)|². All results for a person begin with the same noise, so the references "
-            "alone make the difference. Faces are aligned by the landmarks they were drawn with.",
+            f"references each; UniPC, {bench.steps} steps (the paper: 20), in bfloat16; guidance on the identity "
+            f"{guidances}. Every number in brackets is a 95 % bootstrap interval over people; differences and ratios "
+            "are paired. IDS-HQ is the cosine to the truth by the judge, a recogniser of another architecture, "
+            "other training people and another loss than the one that conditions. I.V., the identity variance, is "
+            "the trace of the covariance of the judge's unit embeddings of the results for one LQ face under all "
+            "references, mean over people: 1/(R-1) Σ|e - mean(e)|². All results for a person begin with the same "
+            "noise, so the references alone make the difference. Faces are aligned by the landmarks they were drawn "
+            "with.",
             f"Tables 1 and 2 are of the shipped weights. The arms of the others share the base and the adapter; "
             f"{self.arms.content_steps} steps of the content stage (the bundle: the same code), then "
             f"{self.arms.align_steps} of finetuning; {len(self.seeds)} seeds in Tables 3 and 4, one for λ. "

@@ -22,11 +22,13 @@ from .losses import Noised, control, error, misalignment
 from .nano_vae import near
 from .networks import build_adapter, let_identity_in
 from .portrait_data import PortraitSet
+from .references import shrink
 
 BASE = Recipe(steps=6400, batch=16, lr=1e-3, ema=0.998)
-ADAPT = Recipe(steps=3200, batch=16, lr=8e-4, ema=0.997)
+ADAPT = Recipe(steps=9000, batch=16, lr=8e-4, ema=0.997)
 CONTENT = Recipe(steps=1800, batch=16, lr=8e-4, ema=0.997)
 ALIGN = Recipe(steps=700, batch=8, lr=3e-4, ema=0.99)
+REFERENCES = torch.tensor([128, 64, 32, 16])  # pixels: the whole portrait to an eighth, as the paper's 512 to 64
 LAMBDA = 0.1  # of the shipped weights; the paper's 1.0 cost 5 % of the identity similarity here
 
 SEVERE = DegradationRange(sigma=(2.0, 4.0), ratio=(6.0, 10.0), noise=(5.0, 15.0), quality=(40, 80))
@@ -92,25 +94,24 @@ class Material:
 
     def __init__(self, portraits: PortraitSet, vae: nn.Module, vision: nn.Module, recogniser: nn.Module):
         self.portraits, self.vae, self.vision, self.recogniser = portraits, vae, vision, recogniser
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def latents(self) -> Tensor:
         """[N,4,16,16] at unit variance."""
         return self.portraits.feature("latents", encoder_of(self.vae), lambda images, _: latents_of(self.vae, images))
 
-    @cached_property
-    def embeddings(self) -> Tensor:
-        """Unit ArcFace embeddings [N,512]."""
-        return self.portraits.feature(
-            "embeddings", self.recogniser, lambda images, points: embed(self.recogniser, align(images, points))
-        )
-
-    @cached_property
-    def clip(self) -> Tensor:
-        """CLIP features [N,65,128] of the aligned faces."""
-        return self.portraits.feature(
-            "clip", self.vision, lambda images, points: clip_vision.features(self.vision, images, points)
-        )
+    def references(self, size: int) -> tuple[Tensor, Tensor]:
+        """Unit ArcFace embeddings [N,512] and CLIP features [N,65,128] of the aligned faces, the portraits down-sampled
+        to size x size before."""
+        if size not in self.seen:
+            self.seen[size] = (
+                self.portraits.feature(f"embeddings-{size}", self.recogniser,
+                                       lambda *photos: embed(self.recogniser, align(*shrink(*photos, size)))),
+                self.portraits.feature(f"clip-{size}", self.vision,
+                                       lambda *photos: clip_vision.features(self.vision, *shrink(*photos, size))),
+            )
+        return self.seen[size]
 
     @cached_property
     def clip_zero(self) -> Tensor:
@@ -135,10 +136,13 @@ class Material:
         """Severely degraded portraits as the content module takes them: [B,3,16,16] in its value range."""
         return prepare_lq(self.degraded(rows, generator), self.latents.shape[-2:], SPEC)
 
-    def identity(self, rows: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
-        """(embeddings, CLIP features) of these portraits; where `drop` is true, of nobody."""
-        return (torch.where(drop[:, None], 0.0, self.embeddings[rows].float()),
-                torch.where(drop[:, None, None], self.clip_zero, self.clip[rows].float()))
+    def identity(self, rows: Tensor, drop: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(embeddings, CLIP features) of these portraits, each at its size [B]; where `drop` is true, of nobody."""
+        sizes = [PORTRAIT] * len(rows) if sizes is None else sizes.tolist()
+        photos = zip(sizes, rows.tolist())
+        seen = [tuple(feature[row].float() for feature in self.references(size)) for size, row in photos]
+        embeddings, clip = map(torch.stack, zip(*seen))
+        return torch.where(drop[:, None], 0.0, embeddings), torch.where(drop[:, None, None], self.clip_zero, clip)
 
 
 def encoder_of(vae: nn.Module) -> nn.Module:
@@ -218,6 +222,7 @@ def train_aligned(
 ) -> nn.Module:
     """RIDFR Eq. 4-6, Alignment Learning: one LQ face, one noise, two references of the person, one answer.
 
+    The references are down-sampled at random (section 4.1).
     Only the content module learns. `strength` is the paper's lambda; the difference is taken between what the network
     predicts (here v), as the diffusion loss is. Now and then no reference is shown, to keep the blind restoration.
     """
@@ -230,12 +235,13 @@ def train_aligned(
         rows = material.rows(recipe, generator)
         turns = torch.rand(recipe.batch, views - 1, generator=generator).argsort(1)[:, :2] + 1
         references = (rows - rows % views)[:, None] + (rows[:, None] + turns) % views  # two other views of the person
+        sizes = REFERENCES[torch.randint(len(REFERENCES), (2 * recipe.batch,), generator=generator)]
         nobody = torch.rand(recipe.batch, generator=generator) < 0.2
         noised = Noised.draw(material.latents[rows].float(), noise_schedule, generator)
         twice, lq = noised.repeat(2), material.lq(rows, generator).repeat(2, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                tokens = adapter.tokens(*material.identity(references.T.flatten(), nobody.repeat(2)))
+                tokens = adapter.tokens(*material.identity(references.T.flatten(), nobody.repeat(2), sizes))
                 identity = adapter.keys_values(tokens)
             guess = predict(unet, content, twice, lq, identity).float()
         diffusion = error(guess, twice.target, material.weight(rows).repeat(2, 1, 1, 1))
