@@ -79,7 +79,8 @@ class ApplyIdentity(io.ComfyNode):
                     optional=True,
                     display_name="LoRA strength",
                     tooltip="How much of the adapter's LoRA is mixed into the model, if it has one: 1 is as trained, 0 "
-                    "leaves it out. A LoRA acts everywhere and all the time, whatever mask, start and end say.",
+                    "leaves it out. A LoRA acts everywhere and all the time, whatever mask, start and end say. Of "
+                    "several Apply Identity in a row with the same adapter, the first one's counts.",
                 ),
                 *block_strengths(),
                 io.Combo.Input(
@@ -181,6 +182,12 @@ def check_fit(model, adapter: ManagedAdapter, identity: Identity) -> None:
         raise ValueError(
             f"The adapter {adapter.name} is {family(expected)} but the model is {family(widths)}: load an "
             "adapter made for this model."
+        )
+    prompt, dim = model.model.model_config.unet_config["context_dim"], adapter.adapter.dim
+    if prompt != dim:  # SD2 has SD1.5's layers
+        raise ValueError(
+            f"The adapter {adapter.name} is for a model that reads prompts of width {dim}, but this one's have width "
+            f"{prompt}: load an adapter made for this model."
         )
     if adapter.adapter.needs_clip:
         check_clip(adapter, identity)

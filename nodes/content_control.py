@@ -15,6 +15,7 @@ from ..ridfr_core.checkpoints import check_tensors, lacks
 from ..ridfr_core.content import CONV_IN, ContentSpec
 from ..ridfr_core.nano.config import HEADS as NANO_HEADS
 from .border import rgb
+from .managed import eager
 
 # What the tensors do not tell, as in comfy.supported_models
 BASES = {
@@ -83,7 +84,7 @@ def content_control(state: dict[str, Tensor], spec: ContentSpec, name: str = "th
         "hint_channels": 3,
         "dtype": dtype,
         "device": management.unet_offload_device(),
-        "operations": comfy.ops.pick_operations(dtype, manual_cast, disable_fast_fp8=True),
+        "operations": eager(comfy.ops.pick_operations(dtype, manual_cast, disable_fast_fp8=True)),
     }
     net = (ContentNet if spec.kind == "hint" else ConcatNet)(spec, name, **config)
     check_tensors(state, net.state_dict(), "content-controlnet", name)

@@ -284,4 +284,5 @@ class GuidancePlot(io.ComfyNode):
             if points
         ]
         pixels = torch.frombuffer(bytearray(chart.tobytes()), dtype=torch.uint8).view(1, chart.height, chart.width, 3)
-        return io.NodeOutput(pixels / 255, "\n".join([*guidance.notes, *(report or ["No step was guided."])]))
+        notes = [*guidance.notes, *guidance.fallbacks]
+        return io.NodeOutput(pixels / 255, "\n".join([*notes, *(report or ["No step was guided."])]))

@@ -35,10 +35,11 @@ class Record:
     """What a RIDFR_GUIDANCE wire carries: the similarities of the last run, filled while it goes on.
 
     similarity: step -> one number per face, of the estimate before that step's guidance; faces: the picture's number of
-    each; notes: what the user should know.
+    each; notes: what the user should know; fallbacks: of the decode modes for which the memory did not suffice.
     """
 
     notes: list[str] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
     steps: int = 0
     faces: list[int] = field(default_factory=list)
     similarity: dict[int, list[float]] = field(default_factory=dict)
@@ -119,7 +120,7 @@ class Run:
         self.sigmas = sigmas.tolist()
         self.readings: list[Reading] = []
         self.found_at = 0
-        self.record.steps, self.record.similarity = len(self.sigmas) - 1, {}
+        self.record.steps, self.record.similarity, self.record.fallbacks = len(self.sigmas) - 1, {}, []
         self.record.faces = [i for i, subject in enumerate(self.subjects, 1) if subject.landmarks is not None]
         if self.record.faces:
             self._decode_by(plan.settings.mode, make_room=True)
@@ -134,10 +135,10 @@ class Run:
         with torch.inference_mode(False):
             # Tensors made in inference mode may not be kept for a gradient, copies of them may.
             x, denoised, sigma = (tensor.detach().clone() for tensor in (x, denoised, sigma))
-            if self.settings.find_every and self.step >= self.found_at + self.settings.find_every:
-                self._find_faces(denoised)
             while True:
                 try:
+                    if self.settings.find_every and self.step >= self.found_at + self.settings.find_every:
+                        self._find_faces(denoised)
                     guided, similarities = guide(self._ascend, x, denoised, sigma, self.faces)
                     break
                 except Exception as error:
@@ -208,6 +209,8 @@ class Run:
         prefix = "similarity.decoder."
         weights = {name.removeprefix(prefix): w for name, w in self.weights.items() if name.startswith(prefix)}
         for i, subject in enumerate(self.subjects):
+            if subject.landmarks is None:  # it is to be left alone
+                continue
             with torch.no_grad():
                 picture = torch.func.functional_call(decoder, weights, denoised[i : i + 1])[0].float().cpu().clamp(0, 1)
             if found := self.face_model.detector.detect(picture):
@@ -227,10 +230,9 @@ class Run:
                 "or restore smaller pictures."
             )
         note = f"Out of memory with the decode mode {self.mode!r}: going on with {cheaper[0]!r}."
-        if note not in self.record.notes:
-            logging.warning(note)
-            self.record.notes.append(note)
-            self._tell(note)
+        logging.warning(note)
+        self.record.fallbacks.append(note)
+        self._tell(note)
         self._decode_by(cheaper[0])
 
     def _tell(self, text: str) -> None:
@@ -285,10 +287,12 @@ def taesd_file(latent_format, required: bool = True) -> str | None:
     """The file of ComfyUI's approximate decoder for a model. Raises GuidanceError where a required one is absent."""
     name = latent_format.taesd_decoder_name
     file = next((f for f in folder_paths.get_filename_list("vae_approx") if name and f.startswith(name)), None)
+    if name is None and required:
+        raise GuidanceError("There is no TAESD decoder for this model: choose another decode mode.")
     if file is None and required:
         folders = ", ".join(folder_paths.get_folder_paths("vae_approx"))
         raise GuidanceError(
-            f"The decode mode 'face, TAESD' needs {name or 'a TAESD decoder'}.safetensors in {folders}: get it from "
+            f"The decode mode 'face, TAESD' needs {name}.safetensors in {folders}: get it from "
             "github.com/madebyollin/taesd, or choose another decode mode."
         )
     return file and folder_paths.get_full_path("vae_approx", file)

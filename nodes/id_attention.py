@@ -16,13 +16,14 @@ Place = tuple[str, int, int]  # block ("input", "middle", "output"), its number,
 
 
 class Region:
-    """Where an identity acts: masks [M,H,W] in [0,1], one per image or one for all.
+    """Where an identity acts: masks [M,H,W] in [0,1], one per image or one for all, asked for on `device`.
 
-    All layers of a model share one Region, which keeps what it has moved and resized.
+    The masks stay on the CPU, where they are resized: Apple's GPU cannot pool to sizes that don't divide. All layers of
+    a model share one Region, which keeps what it has moved and resized.
     """
 
-    def __init__(self, masks: Tensor):
-        self.masks = masks
+    def __init__(self, masks: Tensor, device: torch.device | None = None):
+        self.masks, self.device = masks.cpu(), device or torch.device("cpu")
         self._resized: dict[tuple[int, int], Tensor] = {}
         self._moved: dict[torch.device, Region] = {}
 
@@ -30,14 +31,14 @@ class Region:
         """The masks at a layer's size, [M, height * width, 1]."""
         if (height, width) not in self._resized:
             small = F.interpolate(self.masks[:, None], size=(height, width), mode="area")
-            self._resized[height, width] = small.flatten(2).transpose(1, 2)
+            self._resized[height, width] = small.flatten(2).transpose(1, 2).to(self.device)
         return self._resized[height, width]
 
     def to(self, device: torch.device) -> "Region":
-        if device == self.masks.device:
+        if device == self.device:
             return self
         if device not in self._moved:
-            self._moved[device] = Region(self.masks.to(device))
+            self._moved[device] = Region(self.masks, device)
         return self._moved[device]
 
 

@@ -63,7 +63,7 @@ class ExtractIdentity(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="How much each photo counts beside the person's others, as in '1, 0.5, 1'. Leave empty for "
-                    "all the same. 0 leaves a photo out.",
+                    "all the same. 0 leaves a photo out. Of no effect if each photo is another person.",
                 ),
             ],
             outputs=[
@@ -82,7 +82,7 @@ class ExtractIdentity(io.ComfyNode):
         cls, face_model: ManagedFaceModel, images: Tensor, batch: str, clip_vision=None, weights: str = ""
     ) -> io.NodeOutput:
         photos = to_photos(images, "reference image")
-        counts = parse_weights(weights, len(photos))
+        counts = parse_weights("" if batch == MANY_PEOPLE else weights, len(photos))
         faces = reference_faces(face_model.model, photos)
         landmarks = torch.stack([face.landmarks for face in faces])
         crops, large = align(photos, landmarks, 112), align(photos, landmarks, 224)
@@ -111,7 +111,7 @@ def clip_states(clip_vision: comfy.clip_vision.ClipVisionModel | None, crops: Te
     """CLIP's penultimate hidden states [B,T,D] of aligned crops [B,3,224,224], or None without a CLIP."""
     if clip_vision is None:
         return None
-    return clip_vision.encode_image(to_comfy(crops))["penultimate_hidden_states"].float()
+    return clip_vision.encode_image(to_comfy(crops))["penultimate_hidden_states"].float().cpu()
 
 
 def zero_image_states(clip_vision: comfy.clip_vision.ClipVisionModel | None) -> Tensor | None:

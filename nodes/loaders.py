@@ -2,6 +2,7 @@
 
 import comfy.ops
 from comfy_api.latest import io
+from server import PromptServer
 
 from ..ridfr_core import checkpoints
 from ..ridfr_core.adapter import IdentityAdapter
@@ -9,8 +10,8 @@ from ..ridfr_core.content import CHOICES, understand
 from ..ridfr_core.face_model import load_face_model
 from . import nano, paths, types
 from .adapter_lora import find_lora
-from .content_control import content_control
-from .managed import ManagedAdapter, ManagedFaceModel, managed
+from .content_control import NAMES, content_control
+from .managed import ManagedAdapter, ManagedFaceModel, eager, managed
 
 AUTO = "auto"
 RGB = "RGB (as insightface)"
@@ -61,7 +62,7 @@ class LoadFaceModel(io.ComfyNode):
                     default=paths.NANO,
                     display_name="face model",
                     tooltip="The folder to load. Use the same one that the identity adapter was made for: "
-                    "buffalo_l for FaceID adapters. 'nano_judge' is for Compare Identity only.",
+                    "buffalo_l for FaceID adapters. 'nano_judge' judges results and guides nothing.",
                 ),
                 io.Combo.Input(
                     "colour_order",
@@ -124,7 +125,7 @@ class LoadIdentityAdapter(io.ComfyNode):
         path = paths.model_file("ipadapter", file)
         state, _ = checkpoints.read(path)
         checkpoints.expect(state, "identity-adapter", path.name)
-        adapter = IdentityAdapter.from_state_dict(state, comfy.ops.manual_cast, path.name)
+        adapter = IdentityAdapter.from_state_dict(state, eager(comfy.ops.manual_cast), path.name)
         plus_v1 = version == "plus" or version == AUTO and "faceid-plus_" in path.name.lower()
         return io.NodeOutput(ManagedAdapter(path.name, adapter, not plus_v1, managed(adapter), find_lora(path, state)))
 
@@ -153,7 +154,8 @@ class LoadContentControlNet(io.ComfyNode):
                     "value_range",
                     "value range",
                     "The numbers for black and white that the ControlNet was trained with. 'auto' takes what the file "
-                    "says, else -1..1. FaceMe's file says nothing: choose -1..1 for it.",
+                    "says, else -1..1. FaceMe's file says nothing: choose -1..1 for it. One that reads "
+                    "latents, as DiffBIR's, takes them as they are.",
                 ),
                 spec_input(
                     "kernel",
@@ -165,21 +167,34 @@ class LoadContentControlNet(io.ComfyNode):
                     "order",
                     "order",
                     "What comes first in the ControlNet's input: the noisy picture (z) or the degraded face (lq). "
-                    "'auto' takes what the file says, else z first.",
+                    "'auto' takes what the file says, else z first. FaceMe's has no order.",
+                ),
+                spec_input(
+                    "base",
+                    "made for",
+                    "The family of the diffusion model. 'auto' takes what the file says, else what its tensors show; "
+                    "nano's look like SD1.5's.",
                 ),
             ],
             outputs=[
                 io.ControlNet.Output(display_name="control_net", tooltip="Goes to the stock Apply ControlNet node.")
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, file: str, value_range: str = AUTO, kernel: str = AUTO, order: str = AUTO) -> io.NodeOutput:
+    def execute(
+        cls, file: str, value_range: str = AUTO, kernel: str = AUTO, order: str = AUTO, base: str = AUTO
+    ) -> io.NodeOutput:
         path = paths.model_file("controlnet", file)
         state, metadata = checkpoints.read(path)
-        chosen = {"value_range": value_range, "kernel": kernel, "order": order}
+        chosen = {"value_range": value_range, "kernel": kernel, "order": order, "base": base}
         chosen = {name: value for name, value in chosen.items() if value != AUTO}
-        return io.NodeOutput(content_control(*understand(state, metadata, path.name, chosen), path.name))
+        state, spec = understand(state, metadata, path.name, chosen)
+        known = (NAMES[spec.base], spec.kind, spec.value_range, spec.kernel, spec.order)
+        text = f"for {', '.join(known)}; training: {metadata.get('ridfr.stage', 'not said')}"
+        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)  # shown on the node
+        return io.NodeOutput(content_control(state, spec, path.name))
 
 
 def spec_input(name: str, label: str, tooltip: str) -> io.Combo.Input:

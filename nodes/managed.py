@@ -20,6 +20,20 @@ def managed(network: nn.Module) -> ModelPatcher:
     )
 
 
+def eager(operations: type) -> type:
+    """ComfyUI's layers, all with their weights from the start.
+
+    With DynamicVRAM, its default on NVIDIA, a Linear has none before its file is loaded, and a file is checked against
+    the network before that. A Linear with a loader of its own keeps them.
+    """
+
+    class Linear(operations.Linear):
+        def _load_from_state_dict(self, *args):
+            nn.Linear._load_from_state_dict(self, *args)
+
+    return type("Eager", (operations,), {"Linear": Linear})
+
+
 def loaded(patcher: ModelPatcher) -> torch.device:
     """Have the network on its compute device; returns that device."""
     comfy.model_management.load_models_gpu([patcher])

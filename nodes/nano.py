@@ -7,6 +7,7 @@ the objects are built here from the same classes, without adding to its table of
 import re
 
 import comfy.clip_vision
+import comfy.latent_formats
 import comfy.model_detection
 import comfy.model_management as management
 import comfy.sd
@@ -28,8 +29,15 @@ TEXT = "cond_stage_model.transformer.text_model."
 PREDICTIONS = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
 
 
+class NanoLatents(comfy.latent_formats.SD15):
+    def __init__(self):
+        super().__init__()
+        self.taesd_decoder_name = None  # SD1.5's is for other latents
+
+
 class NanoSD15(comfy.supported_models.SD15):
     unet_extra_config = {"num_heads": HEADS, "num_head_channels": -1}
+    latent_format = NanoLatents
 
     def model_type(self, state_dict, prefix=""):
         return PREDICTIONS[PREDICTION]

@@ -56,8 +56,9 @@ class JoinIdentities(io.ComfyNode):
     @classmethod
     def execute(cls, identity_1: Identity, others: str, **further: Identity | None) -> io.NodeOutput:
         join = join_photos if others == MORE_PHOTOS else join_people
-        given = (further.get(name) for name in FURTHER)
-        return io.NodeOutput(join([identity_1, *(identity for identity in given if identity is not None)]))
+        given = {1: identity_1} | {number: further.get(name) for number, name in enumerate(FURTHER, 2)}
+        given = {number: identity for number, identity in given.items() if identity is not None}
+        return io.NodeOutput(join([*given.values()], [*given]))
 
 
 class CombineReferences(io.ComfyNode):

@@ -131,7 +131,7 @@ class LQStartNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, latent: dict, sigmas: Tensor, seed: int) -> io.NodeOutput:
-        samples = latent["samples"]
+        samples = latent["samples"].cpu()
         noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
         to_model, from_model = (model.get_model_object(f"process_latent_{way}") for way in ("in", "out"))
         start = diffuse(to_model(samples), noise, noise_levels(model)[-1])

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import checkpoints, known_models
-from .face_model import role_of
+from .face_model import digest_of, role_of
 from .known_models import KnownModel
 from .nano import WEIGHTS
 from .recognition import FaceModelError
@@ -97,7 +97,8 @@ def packages() -> Iterator[Finding]:
     else:
         device = "no GPU: sampling runs on the processor, which takes minutes per picture"
     yield Finding("ok", f"torch {torch.__version__}, {device}")
-    missing = [name for name in PACKAGES if not installed(name)]
+    stand_ins = {"onnxruntime": GPU_RUNTIMES}
+    missing = [name for name in PACKAGES if not any(map(installed, (name, *stand_ins.get(name, ()))))]
     if missing:
         names = " ".join(missing)
         yield Finding("wrong", f"not installed: {names}; run `pip install {names}` in ComfyUI's Python")
@@ -158,7 +159,10 @@ def model_file(model: KnownModel, folders: Folders, hashes: bool) -> Finding:
 
 
 def find(model: KnownModel, folders: Folders) -> Path | None:
-    """The file in its place, or one of its name deeper in a folder; of an unpublished model, any file of its kind."""
+    """The file in its place, or one of its name deeper in a folder.
+
+    Else any safetensors file of its kind: of an unpublished model, or a recogniser in its folder that was converted.
+    """
     roots = [Path(root) for root in folders.get(model.folder, ())]
     for root in roots:
         if (root / model.path).is_file():
@@ -167,9 +171,10 @@ def find(model: KnownModel, folders: Folders) -> Path | None:
         below = root / Path(model.path).parent
         if deeper := sorted(below.rglob(model.name)):
             return deeper[0]
-    if model.page:
+    if model.page and model.kind != "recogniser":
         return None
-    files = (path for root in roots for path in sorted(root.rglob("*.safetensors")))
+    below = Path(model.path).parent if model.page else Path()
+    files = (path for root in roots for path in sorted((root / below).rglob("*.safetensors")))
     return next((path for path in files if holds_quietly(path) == model.kind), None)
 
 
@@ -199,6 +204,8 @@ def published(model: KnownModel, path: Path, size: int, hashes: bool) -> str:
     """Whether the file is the published one, by its size or, if asked, by its SHA-256."""
     if not model.sha256:
         return "not a published file"
+    if model.kind == "recogniser" and path.suffix == ".safetensors":
+        return f"converted from {'the published file' if digest_of(path) == model.sha256 else 'another file'}"
     if size != model.size:
         return f"another file than the published one of {readable(model.size)}"
     if not hashes:

@@ -54,6 +54,12 @@ DECODE_MODES = {
 }
 
 
+def sample(picture: Tensor, grid: Tensor) -> Tensor:
+    """`F.grid_sample`, on the CPU for Apple's GPU, which has no gradient for it."""
+    device = "cpu" if picture.device.type == "mps" else picture.device
+    return F.grid_sample(picture.to(device), grid.to(device), align_corners=False).to(picture.device)
+
+
 @dataclass(frozen=True)
 class GuidedFace:
     """One element's face: where it lies in the latent, how it is aligned, and whom it shall resemble.
@@ -140,7 +146,7 @@ class FaceSimilarity(nn.Module):
         picture = self.decoder(z0)
         if z0.requires_grad and not picture.requires_grad:
             raise GuidanceError("The VAE's decoder passes no gradient: use another VAE or another decode mode.")
-        crop = F.grid_sample(picture * face.inner, face.grid, align_corners=False) + face.surround
+        crop = sample(picture * face.inner, face.grid) + face.surround
         embedding = embed(self.recogniser, crop)
         if z0.requires_grad and not embedding.requires_grad:
             raise GuidanceError("The face model's recogniser passes no gradient: use a face model with an ArcFace "

@@ -126,9 +126,13 @@ def check_recogniser(identity: Identity, name: str, digest: str, what: str = "Th
     """Raises IdentityError where the identity was made with another recogniser than the one of this name and digest."""
     if identity.digest != digest:
         raise IdentityError(
-            f"{what} was made with the face model {identity.recogniser or 'unknown'} ({identity.digest[:8]}) and this "
-            f"is {name} ({digest[:8]}), whose embeddings mean something else: use the same face model for both."
+            f"{what} was made with the face model {_made_with(identity)} and this is {name} ({digest[:8]}), "
+            "whose embeddings mean something else: use the same face model for both."
         )
+
+
+def _made_with(identity: Identity) -> str:
+    return f"{identity.recogniser or 'unknown'} ({identity.digest[:8]})"
 
 
 def one_photo_each(identity: Identity) -> Identity:
@@ -155,9 +159,9 @@ def each_alone(identity: Identity) -> list[Identity]:
     ]
 
 
-def join_people(identities: Sequence[Identity]) -> Identity:
-    """One identity with the people of all, in their order. Raises IdentityError as `join_photos`."""
-    _check_alike(identities)
+def join_people(identities: Sequence[Identity], numbers: Sequence[int] = (1, 2, 3, 4)) -> Identity:
+    """One identity with the people of all, in their order. Arguments and errors as of `join_photos`."""
+    _check_alike(identities, numbers)
     return replace(
         identities[0],
         people=tuple(person for identity in identities for person in identity.people),
@@ -165,12 +169,13 @@ def join_people(identities: Sequence[Identity]) -> Identity:
     )
 
 
-def join_photos(identities: Sequence[Identity]) -> Identity:
+def join_photos(identities: Sequence[Identity], numbers: Sequence[int] = (1, 2, 3, 4)) -> Identity:
     """One identity in which person i has the photos that person i has in each of them.
 
-    Raises IdentityError where the numbers of people, the recognisers or the CLIP vision models differ.
+    numbers: what errors call the identities. Raises IdentityError where the numbers of people, the recognisers or the
+    CLIP vision models differ.
     """
-    _check_alike(identities)
+    _check_alike(identities, numbers)
     counts = [len(identity.people) for identity in identities]
     if len(set(counts)) > 1:
         raise IdentityError(
@@ -191,14 +196,18 @@ def _join_person(parts: Sequence[Person]) -> Person:
     )
 
 
-def _check_alike(identities: Sequence[Identity]) -> None:
-    first = identities[0]
-    for number, other in enumerate(identities[1:], start=2):
-        check_recogniser(other, first.recogniser or "another", first.digest, f"Identity {number}")
+def _check_alike(identities: Sequence[Identity], numbers: Sequence[int]) -> None:
+    first, *others = identities
+    for number, other in zip(numbers[1:], others):
+        if other.digest != first.digest:
+            raise IdentityError(
+                f"Identity {number} was made with the face model {_made_with(other)} and identity {numbers[0]} with "
+                f"{_made_with(first)}, whose embeddings mean something else: use the same face model for both."
+            )
         if _clip_shape(other) != _clip_shape(first):
             raise IdentityError(
-                f"Identity 1 and identity {number} were extracted with different CLIP vision models: extract both "
-                "with the same one."
+                f"Identity {numbers[0]} and identity {number} were extracted with different CLIP vision models: "
+                "extract both with the same one."
             )
 
 

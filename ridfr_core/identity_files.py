@@ -5,16 +5,14 @@ where CLIP was used; `quality` [N,4] where it is known. Metadata: `format` "ridf
 (its name) and `recogniser_sha256` (FaceModel.digest).
 """
 
-import os
 import re
 from dataclasses import astuple
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoints import read
+from .checkpoints import read, write
 from .identity import Identity, IdentityError, Person, Quality
 
 FORMAT, VERSION = "ridfr-identity", "1"
@@ -37,7 +35,10 @@ def file_name(name: str, number: int | None = None) -> str:
 
 
 def save_identity(identity: Identity, path: Path) -> None:
-    """Write an identity of one person, whole or not at all; an existing file is replaced."""
+    """Write an identity of one person, whole or not at all; an existing file is replaced.
+
+    Raises CheckpointError if it cannot be written.
+    """
     (person,) = identity.people
     tensors = {
         "embeddings": person.embeddings,
@@ -55,12 +56,7 @@ def save_identity(identity: Identity, path: Path) -> None:
         "recogniser_sha256": identity.digest,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata)
 
 
 def load_identity(path: Path) -> Identity:

@@ -124,7 +124,12 @@ SWINIR = KnownModel(
 )
 
 IDENTITY = (ADAPTER, CLIP_VISION, DETECTOR, RECOGNISER)
-WORKFLOWS = {"ridfr_nano": (), "ridfr_sd15": (SD15, CONTENT, *IDENTITY), "ridfr_sd15_tile": (SD15, TILE, *IDENTITY)}
+WORKFLOWS = {
+    "ridfr_nano": (),
+    "ridfr_nano_guided": (),
+    "ridfr_sd15": (SD15, CONTENT, *IDENTITY),
+    "ridfr_sd15_tile": (SD15, TILE, *IDENTITY),
+}
 OPTIONAL = {"ridfr_sd15": (SWINIR,), "ridfr_sd15_tile": (SWINIR,)}
 MODELS = (SD15, TILE, CONTENT, *IDENTITY, SWINIR)
 

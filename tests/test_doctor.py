@@ -108,6 +108,15 @@ def test_face_models_one_folder_too_deep_are_found(comfyui):
     assert doctor.model_file(known_models.RECOGNISER, folders, False).state == "ok"
 
 
+def test_a_converted_recogniser_will_do(comfyui):
+    path = comfyui / "models" / "insightface" / known_models.RECOGNISER.path
+    cli.main(["convert", str(path)])
+    path.unlink()
+    folders = host.model_folders(comfyui)
+    finding = doctor.model_file(known_models.RECOGNISER, folders, False)
+    assert finding.state == "ok" and "converted from another file" in finding.text
+
+
 def test_hashes_are_compared_only_when_asked(comfyui):
     path = comfyui / "models" / "ipadapter" / known_models.ADAPTER.path
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -116,6 +125,13 @@ def test_hashes_are_compared_only_when_asked(comfyui):
     assert "not compared" in doctor.model_file(model, folders, False).text
     assert "known good" in doctor.model_file(model, folders, True).text
     assert "sha256 unknown" in doctor.model_file(replace(model, sha256="0" * 64), folders, True).text
+
+
+def test_a_gpu_build_of_onnxruntime_is_enough(monkeypatch):
+    """Told to install onnxruntime beside it, the user would hide it."""
+    there = {*doctor.PACKAGES, "onnxruntime-gpu"} - {"onnxruntime"}
+    monkeypatch.setattr(doctor, "installed", lambda name: "1.0" if name in there else None)
+    assert all(finding.state == "ok" for finding in doctor.packages())
 
 
 def test_a_cpu_onnxruntime_that_hides_the_gpu_build():

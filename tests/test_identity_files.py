@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ridfr_core import identity_files
+from ridfr_core import checkpoints
 from ridfr_core.checkpoints import CheckpointError
 from ridfr_core.identity import Identity, IdentityError, Person, Quality
 from ridfr_core.identity_files import file_name, load_identity, save_identity
@@ -44,8 +44,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(identity_files, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(checkpoints, "save_file", fail)
+    with pytest.raises(CheckpointError, match="disk full.*check the folder and the free space"):
         save_identity(ann(), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 

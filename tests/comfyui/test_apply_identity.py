@@ -339,3 +339,10 @@ def test_identity_of_another_clip(apply, identity):
     wide = replace(identity.people[0], clip=torch.zeros(1, 257, 1280))
     with pytest.raises(ValueError, match="needs a CLIP vision model of width 128 but .* width 1280"):
         apply(replace(identity, people=(wide,), clip_uncond=torch.zeros(257, 1280)))
+
+
+def test_an_adapter_for_other_prompts(nodes, nano, adapter, identity, monkeypatch):
+    """SD2 has the layers of SD1.5, but reads wider prompts: nothing else would stop an SD1.5 adapter there."""
+    monkeypatch.setitem(nano.model.model.model_config.unet_config, "context_dim", 1024)
+    with pytest.raises(ValueError, match="reads prompts of width 128, but this one's have width 1024: load an adapter"):
+        nodes["RIDFR_ApplyIdentity"].execute(nano.model, adapter, identity, 1.0, 0.0, 1.0)

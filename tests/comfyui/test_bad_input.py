@@ -135,7 +135,7 @@ def apply_identity(**options):
 )
 def test_weights_of_references(client, weights, sentence):
     bad = extract(PORTRAITS)
-    bad["identity"]["inputs"].update(weights=weights)
+    bad["identity"]["inputs"].update(weights=weights, batch="all photos show one person")
     fails(client, bad, sentence)
 
 

@@ -82,3 +82,20 @@ def test_choices_override_the_metadata(nodes):
     image = torch.rand(1, 3, 8, 8)
     torch.testing.assert_close(chosen.preprocess_image(image), image)
     assert chosen.upscale_algorithm == "nearest-exact"
+
+
+def test_nano_without_its_metadata_is_chosen_by_hand(nodes, weights, pack, tmp_path, monkeypatch):
+    """Its tensors look like SD1.5's, which has 8 heads."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(weights / "content_controlnet.safetensors")
+    save_file(state, tmp_path / "bare.safetensors")
+    monkeypatch.setattr(pack.nodes.paths, "model_file", lambda folder, name: tmp_path / name)
+    loader = nodes["RIDFR_LoadContentControlNet"]
+    bases = [loader.execute("bare.safetensors", base=base)[0].control_model.spec.base for base in ("auto", "nano")]
+    assert bases == ["sd15", "nano"]
+
+
+def test_what_was_understood_is_shown(nodes, shown):
+    nodes["RIDFR_LoadContentControlNet"].execute("nano")
+    assert list(shown.values()) == ["for the nano models, pixel, -1..1, bicubic, z,lq; training: not said"]
