@@ -122,12 +122,11 @@ class IDPreservingSampling(io.ComfyNode):
                     "decode",
                     options=list(DECODE_MODES),
                     default="face",
-                    tooltip="How the picture is looked at. Time and memory for a face that fills 512x512: 'face' "
-                    "decodes brows to mouth and takes hair and neck from the LQ image (about 2 GB); 'whole picture' "
-                    "is exact and takes about three times as long and as much; 'checkpointed' computes some things "
-                    "twice to keep less (a quarter of the memory, a third more time); 'bf16' halves the memory again, "
-                    "less exact; 'TAESD' uses ComfyUI's preview decoder from models/vae_approx, fast and approximate. "
-                    "When memory runs out, the next one is used.",
+                    tooltip="How the picture is looked at. 'face' decodes brows to mouth alone and takes hair and neck "
+                    "from the LQ image; 'whole picture' is exact, and takes the more time and memory the larger the "
+                    "picture is beside the face; 'checkpointed' computes some things twice to keep less in memory; "
+                    "'bf16' halves the memory again, less exact; 'TAESD' uses ComfyUI's preview decoder from "
+                    "models/vae_approx, fast and approximate. When memory runs out, the next one is used.",
                 ),
                 io.Int.Input(
                     "find_every",
