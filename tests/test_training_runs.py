@@ -90,6 +90,15 @@ def test_a_run_that_is_killed_ends_where_an_undisturbed_one_does(noise, tmp_path
     assert sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()) == ["0000006", "0000008"]
 
 
+def test_a_run_goes_on_in_other_parts_of_the_batch(noise, tmp_path):
+    train("content", noise, tmp_path / "changed", "lr=1e-2", "steps=1")
+    for name in ("changed", "whole"):
+        train("content", noise, tmp_path / name, "lr=1e-2", "steps=3", "accumulate=2")
+    changed, whole = rows(tmp_path / "changed")[-1], rows(tmp_path / "whole")[-1]
+    for name in ("loss", "gradient"):
+        assert changed[name] == pytest.approx(whole[name], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(people, tmp_path):
     more = (*WITH_REFERENCES, "steps=3", "batch=4", "save_every=3", f"cache={tmp_path / 'cache'}")

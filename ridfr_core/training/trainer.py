@@ -172,5 +172,6 @@ class Trainer:
         newest = self._newest()
         if newest is not None:
             self.accelerator.load_state(str(newest))
+            self.accelerator.step = 0  # a checkpoint lies between steps, and `accumulate` may have changed
             self.ema.to(self.accelerator.device)
             self.accelerator.print(f"Going on from {newest}.")
