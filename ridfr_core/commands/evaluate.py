@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
         return run_report(options)
     from ..training import nano
 
-    nano.train(["figures"], options.work, options.threads)
+    nano.train(["figures"], options.work, options.threads, from_shipped=True)
 
 
 def run_folder(options: argparse.Namespace) -> None:

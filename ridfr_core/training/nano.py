@@ -105,7 +105,7 @@ STAGES = {
     "content": lambda nano: nano.export_content(nano.content),
     "adapter": lambda nano: nano.export_adapter(),
     "align": lambda nano: nano.export_content(nano.aligned),
-    "figures": lambda nano: nano_figures.write(nano, nano.work),
+    "figures": lambda nano: nano_figures.write(nano),
 }
 
 
