@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 from ridfr_core.checkpoints import expect, read
 from ridfr_core.content import ContentSpec
+from ridfr_core.nano import WEIGHTS
 from ridfr_core.training.base import load_base
+from ridfr_core.training.networks import build_adapter
 from ridfr_core.training.portrait_data import export_portraits
 from ridfr_core.training.run import load_adapter, load_content, run
 from ridfr_core.training.settings import TrainingError, read_settings
@@ -101,18 +103,20 @@ def test_a_run_goes_on_in_other_parts_of_the_batch(noise, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(people, tmp_path):
-    more = (*WITH_REFERENCES, "steps=3", "batch=4", "save_every=3", f"cache={tmp_path / 'cache'}")
+    more = (*WITH_REFERENCES, "lr=1e-2", "steps=3", "batch=4", "save_every=3", f"cache={tmp_path / 'cache'}")
     single = train("align", people, tmp_path / "one", *more)
     both = python("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ridfr_core.cli", "train",
                   "align", *arguments(people, tmp_path / "two", *more))
     output, _ = both.communicate(timeout=1800)
     assert both.returncode == 0, output
     one, two = rows(tmp_path / "one")[-1], rows(tmp_path / "two")[-1]
-    for name in ("loss", "diffusion", "alignment"):
-        assert two[name] == pytest.approx(one[name], rel=1e-4)
-    weights = load_file(tmp_path / "two" / single.name)
-    for name, tensor in load_file(single).items():
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-2, atol=2e-3)
+    for name in ("loss", "diffusion", "alignment", "gradient"):
+        assert two[name] == pytest.approx(one[name], rel=1e-2)
+    start, one, two = (load_file(path) for path in (WEIGHTS / "content_controlnet.safetensors", single,
+                                                    tmp_path / "two" / single.name))
+    moved, apart = (sum((other[name].float() - tensor.float()).square().sum() for name, tensor in one.items())
+                    for other in (start, two))
+    assert apart < 0.01 * moved and moved > 1
 
 
 def test_what_alignment_writes_is_a_content_controlnet_with_its_history(people, tmp_path):
@@ -136,9 +140,12 @@ def test_what_alignment_writes_is_a_content_controlnet_with_its_history(people, 
 
 
 def test_an_adapter_is_trained_from_nothing(people, tmp_path):
-    path = train("adapter", people, tmp_path / "adapter", *WITH_REFERENCES[2:5], "steps=1", "save_every=1")
+    path = train("adapter", people, tmp_path / "adapter", *WITH_REFERENCES[2:5], "steps=2", "lr=1e-2")
     adapter, lora = load_adapter(path)
     assert len(adapter.channels) == 16 and adapter.needs_clip and lora == {}
+    start = build_adapter(load_base("nano").unet, dim=adapter.dim, clip_dim=adapter.clip_dim)
+    for layer, first in zip(adapter.ip_adapter.values(), start.ip_adapter.values()):
+        assert (layer["to_v_ip"].weight - first["to_v_ip"].weight).abs().max() > 2e-3
 
 
 def test_latent_concatenation_has_eight_channels(noise, tmp_path):
