@@ -107,7 +107,7 @@ def run_folder(options: argparse.Namespace) -> None:
     try:
         print(evaluate_folder(options.data, options.out, options.references, options.face_model, options.judge,
                               options.batch, pipeline), end="")
-    except ValueError as error:  # EvaluationError, CheckpointError, FaceModelError: one sentence
+    except (ValueError, OSError) as error:  # EvaluationError, CheckpointError, FaceModelError, the disk: one sentence
         raise SystemExit(f"ridfr evaluate folder: {error}") from error
 
 

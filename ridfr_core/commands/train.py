@@ -52,7 +52,7 @@ def _at_scale(options: argparse.Namespace) -> None:
         from ..training.run import run as train
 
         train(options.recipe, chosen)
-    except ValueError as error:  # TrainingError, CheckpointError, FaceModelError: one sentence
+    except (ValueError, OSError) as error:  # TrainingError, CheckpointError, FaceModelError, the disk: one sentence
         raise SystemExit(f"ridfr train {options.recipe}: {error}") from error
 
 

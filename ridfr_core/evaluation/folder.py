@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..adapter import IdentityAdapter
 from ..face_model import FaceModel, load_face_model
-from ..faces import align
+from ..faces import Detector, align
 from ..nano import WEIGHTS
 from ..recognition import embed
 from .restorer import KeysValues, Restorer
@@ -47,12 +47,12 @@ class Task:
         return out / "restored" / self.person / f"{self.name}.png"
 
 
-def find_tasks(data: Path, references: int) -> tuple[list[Task], dict[Path, str]]:
-    """All that is to be restored, each LQ face with the first `references` photos that can be read (0: blindly), and
+def find_tasks(data: Path, references: int, detector: Detector) -> tuple[list[Task], dict[Path, str]]:
+    """All that is to be restored, each LQ face with the first `references` photos that show a face (0: blindly), and
     why other files cannot be used. Raises EvaluationError if nothing is left."""
     tasks, unusable = [], {}
     for folder in sorted(path for path in data.glob("*") if path.is_dir()):
-        photos = readable(folder / "ref", unusable)[:references] if references else [None]
+        photos = with_face(folder / "ref", references, detector, unusable) if references else [None]
         truths = {path.stem: path for path in readable(folder / "gt", unusable)}
         tasks += [Task(folder.name, lq, truths.get(lq.stem), photo)
                   for lq in readable(folder / "lq", unusable) for photo in photos]
@@ -60,6 +60,21 @@ def find_tasks(data: Path, references: int) -> tuple[list[Task], dict[Path, str]
         raise EvaluationError(f"'{data}' has nothing to restore: it needs PERSON/lq/NAME.png"
                               + (" and PERSON/ref/*.png." if references else "."))
     return tasks, unusable
+
+
+def with_face(folder: Path, count: int, detector: Detector, unusable: dict[Path, str]) -> list[Path]:
+    """The first `count` images of a folder in which a face is found; why others are not used goes to `unusable`."""
+    photos = []
+    for path in readable(folder, unusable):
+        if len(photos) == count:
+            break
+        if detector.detect(read_image(path)):
+            photos.append(path)
+        else:
+            unusable[path] = "no face was found in it"
+    if not photos:
+        unusable[folder] = "there is no reference, so the person is left out"
+    return photos
 
 
 def readable(folder: Path, unusable: dict[Path, str]) -> list[Path]:
@@ -124,14 +139,12 @@ class Pipeline:
 
     @lru_cache(maxsize=256)  # noqa: B019  one pipeline lives as long as the command
     def features(self, photo: Path) -> tuple[Tensor, Tensor]:
-        """Embedding [1,512] and CLIP features [1,T,D]. Raises EvaluationError if there is no face."""
+        """Embedding [1,512] and CLIP features [1,T,D] of the face in a photo, which has one (see `find_tasks`)."""
         from ..training import clip_vision
 
         image = read_image(photo)
-        faces = self.face_model.detector.detect(image)
-        if not faces:
-            raise EvaluationError(f"No face was found in the reference {photo}: take it out, or use a better photo.")
-        images, landmarks = image[None].to(self.device), faces[0].landmarks[None].to(self.device)
+        face = self.face_model.detector.detect(image)[0]
+        images, landmarks = image[None].to(self.device), face.landmarks[None].to(self.device)
         with torch.no_grad():
             return (embed(self.face_model.recogniser, align(images, landmarks)),
                     clip_vision.features(self.tower, images, landmarks))
