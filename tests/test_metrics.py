@@ -105,7 +105,7 @@ def test_a_metric_with_its_weights_is_loaded(pyiqa, tmp_path):
 
 def test_without_pyiqa_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(perceptual.MetricAbsent, match=r"pip install ridfr\[evaluate\]"):
+    with pytest.raises(perceptual.MetricAbsent, match=r"pip install -e '\.\[evaluate\]'"):
         perceptual.load("LPIPS")
 
 
