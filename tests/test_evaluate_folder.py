@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy
 import pytest
 from PIL import Image
 
@@ -74,9 +75,12 @@ def test_restored_here_by_the_shipped_networks(data, tmp_path):
     assert len(rows_of(out)) == PEOPLE
     restored = [Image.open(task.restored(out)) for task in find_tasks(data, 1, EVERYWHERE)[0]]
     assert [image.size for image in restored] == [(128, 128)] * PEOPLE
-    main(["evaluate", "folder", str(data), "--out", str(out), "--steps", "1", "--references", "0"])
+    main(["evaluate", "folder", str(data), "--out", str(out), "--steps", "1", "--references", "0",
+          "--color-fix", "adain"])
     blind = find_tasks(data, 0, EVERYWHERE)[0][0].restored(out)
     assert blind.name == "0.png" and Image.open(blind).tobytes() != restored[0].tobytes()
+    lq, fixed = (numpy.array(Image.open(path)).mean((0, 1)) for path in (data / "0000" / "lq" / "0.png", blind))
+    assert abs(lq - fixed).max() < 4
     assert "restored blindly" in (out / "summary.md").read_text(encoding="utf-8")
 
 

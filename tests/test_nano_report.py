@@ -93,7 +93,7 @@ def test_measured_by_hand(bench, shipped):
         image = shipped.restorer.restore(bench.lq[1:], identity, bench._nobody(shipped, 1), 2.0, STEPS,
                                          seeds=torch.tensor([1])).float()
     error = (image - bench.truth[1:]).square().mean()
-    assert measured.psnr[1, 0].item() == pytest.approx(-10 * error.log10().item(), abs=1e-3)
+    assert measured.psnr[1, 0].item() == pytest.approx(-10 * error.log10().item(), abs=1e-2)
     truth = bench.compare(bench.truth)
     torch.testing.assert_close(truth.similarity, torch.ones(PEOPLE, 1))
     assert truth.psnr.isinf().all()
@@ -149,4 +149,4 @@ def test_batches_do_not_matter(bench, shipped, monkeypatch):
     for file in bench.cache.iterdir():
         file.unlink()
     monkeypatch.setattr(held_out, "BATCH", 1)
-    torch.testing.assert_close(bench.measure(shipped, bench.references).psnr, together.psnr, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(bench.measure(shipped, bench.references).psnr, together.psnr, rtol=0, atol=1e-2)  # in bfloat16

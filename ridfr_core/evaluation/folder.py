@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from ..adapter import IdentityAdapter
+from ..color import adain_transfer, wavelet_transfer
 from ..face_model import FaceModel, load_face_model
 from ..faces import Detector, align
 from ..nano import WEIGHTS
@@ -24,6 +25,7 @@ from ..recognition import embed
 from .restorer import KeysValues, Restorer
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+COLOR_FIX = {"wavelet": wavelet_transfer, "adain": adain_transfer}
 
 
 class EvaluationError(ValueError):
@@ -115,7 +117,8 @@ def face_model_of(pack: str) -> FaceModel:
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """What restores: the networks on `device`, and the guidance on the identity. size: of the faces, in pixels."""
+    """What restores: the networks on `device`, and the guidance on the identity. size: of the faces, in pixels.
+    color_fix: a key of COLOR_FIX, or None."""
 
     restorer: Restorer
     adapter: IdentityAdapter
@@ -126,6 +129,7 @@ class Pipeline:
     device: torch.device
     guidance: float = 1.0
     steps: int = 20
+    color_fix: str | None = None
 
     def restore(self, tasks: list[Task]) -> Tensor:
         """[B,3,size,size]; every result of an LQ face begins with the same noise."""
@@ -135,7 +139,8 @@ class Pipeline:
             embeddings, clip = map(torch.cat, zip(*(self.features(task.reference) for task in tasks)))
             identity = self._keys_values(embeddings, clip)
             nobody = [(k.expand(len(tasks), -1, -1), v.expand(len(tasks), -1, -1)) for k, v in self.nobody]
-        return self.restorer.restore(lq, identity, nobody, self.guidance, self.steps)
+        restored = self.restorer.restore(lq, identity, nobody, self.guidance, self.steps)
+        return COLOR_FIX[self.color_fix](restored, lq).clamp(0, 1) if self.color_fix else restored
 
     @lru_cache(maxsize=256)  # noqa: B019  one pipeline lives as long as the command
     def features(self, photo: Path) -> tuple[Tensor, Tensor]:
@@ -162,7 +167,7 @@ class Pipeline:
 
 
 def load_pipeline(base: str, content: str, adapter: str, clip_vision: str, face_model: FaceModel, plus_v1: bool,
-                  guidance: float, steps: int, device: torch.device) -> Pipeline:
+                  guidance: float, steps: int, color_fix: str | None, device: torch.device) -> Pipeline:
     """From files, folders or "nano"; all in fp32. plus_v1: the adapter is FaceID Plus, not PlusV2."""
     from ..training.base import load_base
     from ..training.clip_vision import load_tower
@@ -184,7 +189,7 @@ def load_pipeline(base: str, content: str, adapter: str, clip_vision: str, face_
     face_model.recogniser.to(device)
     size = 128 if loaded.name == "nano" else 512
     return Pipeline(restorer, projection.to(device).eval(), not plus_v1, load_tower(clip_vision).to(device), face_model,
-                    size, device, guidance, steps)
+                    size, device, guidance, steps, color_fix)
 
 
 def restore_all(pipeline: Pipeline, tasks: list[Task], out: Path, batch: int) -> None:
