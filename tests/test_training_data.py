@@ -215,6 +215,14 @@ def test_a_stranger_among_the_photos_of_a_person_is_found(folder, tmp_path):
     assert said[1] == "1 people have one photo only (cleo): it is both references, at different sizes."
 
 
+@pytest.mark.parametrize("first, second, found", [(4, 4, 8), (5, 3, 3)])
+def test_two_people_in_one_folder_are_found(tmp_path, first, second, found):
+    names = tuple(f"both/{i}.png" for i in range(first + second))
+    embeddings = torch.eye(512)[[0] * first + [1] * second]
+    doubtful = strangers(Photos(tmp_path, names, ("",) * len(names), 64), embeddings)
+    assert [name for name, _ in doubtful] == list(names[-found:])
+
+
 def draws(folder, tmp_path, seed=0):
     found, _ = find_photos(folder, 64, tmp_path / "cache")
     degradation = DegradationRange(sigma=(0.5, 1), ratio=(2, 4), noise=(5, 10), quality=(40, 80))

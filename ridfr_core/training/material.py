@@ -99,7 +99,7 @@ def _check_people(photos: Photos, embeddings: Tensor, say: Say) -> None:
                             "each person's photos into a folder of their own.")
     if doubtful := strangers(photos, embeddings):
         named = some(f"{name} ({value:.2f})" for name, value in doubtful)
-        say(f"Warning: {len(doubtful)} photos look like another person than the rest of their folder (mean cosine "
-            f"similarity): {named}.")
+        say(f"Warning: {len(doubtful)} photos look like another person than the rest of their folder (median "
+            f"cosine similarity): {named}.")
     if single := [person for person, rows in photos.people.items() if len(rows) == 1]:
         say(f"{len(single)} people have one photo only ({some(single)}): it is both references, at different sizes.")

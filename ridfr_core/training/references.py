@@ -170,11 +170,12 @@ def other_photos(people: dict[str, list[int]]) -> dict[int, list[int]]:
 
 
 def strangers(photos: Photos, embeddings: Tensor) -> list[tuple[str, float]]:
-    """(photo, mean cosine to the person's other photos) where that is so low that it may show somebody else."""
+    """(photo, median cosine to the person's other photos) where that is so low that it may show somebody else: the
+    fewer of two people in one folder, or both if they have as many photos."""
     found = []
     for rows in photos.people.values():
         if len(rows) > 1:
-            cosines = embeddings[rows] @ embeddings[rows].T
-            mean = (cosines.sum(1) - 1) / (len(rows) - 1)
-            found += [(photos.names[row], value) for row, value in zip(rows, mean.tolist()) if value < STRANGER]
+            cosines = (embeddings[rows] @ embeddings[rows].T).fill_diagonal_(torch.nan)
+            median = cosines.nanquantile(0.5, dim=1)
+            found += [(photos.names[row], value) for row, value in zip(rows, median.tolist()) if value < STRANGER]
     return found
