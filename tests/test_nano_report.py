@@ -149,4 +149,4 @@ def test_batches_do_not_matter(bench, shipped, monkeypatch):
     for file in bench.cache.iterdir():
         file.unlink()
     monkeypatch.setattr(held_out, "BATCH", 1)
-    torch.testing.assert_close(bench.measure(shipped, bench.references).psnr, together.psnr, rtol=0, atol=1e-2)  # in bfloat16
+    torch.testing.assert_close(bench.measure(shipped, bench.references).psnr, together.psnr, rtol=0, atol=1e-2)
