@@ -107,12 +107,18 @@ CHOICES = {
     "schedule": ("constant", "cosine"),
     "precision": ("fp32", "bf16", "fp16"),
 }
+LEAST = {
+    "resolution": 64, "steps": 1, "batch": 1, "accumulate": 1, "lr": 0, "warmup": 0, "weight_decay": 0, "clip": 0,
+    "ema": 0, "workers": 0, "save_every": 1, "keep": 1, "validate_every": 0, "validation_images": 1,
+    "validation_steps": 1, "drop": 0, "strength": 0, "validation_people": 0,
+}
 
 
 def read_settings(stage: str, file: Path | None, overrides: Sequence[str]) -> Settings:
     """Settings of a stage: its recipe, then the YAML `file`, then "key=value" or "group.key=value" strings.
 
-    Raises TrainingError: an unknown key, a value of another type, a key without a value, a file that is not YAML.
+    Raises TrainingError: an unknown key, a value of another type or too small, a key without a value, a file that is
+    not YAML.
     """
     values = _parse((RECIPES / f"{stage}.yaml").read_text(encoding="utf-8"), f"{stage}.yaml")
     if file is not None:
@@ -188,6 +194,8 @@ def _value(kind: type, key: str, wanted, value, stage: str):
         raise TrainingError(f"'{key}' is {value!r}, but must be {names[plain]}.")
     if value not in CHOICES.get(key, (value,)):
         raise TrainingError(f"'{key}' is '{value}', but must be one of {', '.join(CHOICES[key])}.")
+    if key in LEAST and value < LEAST[key]:
+        raise TrainingError(f"'{key}' is {value}, but must be at least {LEAST[key]}.")
     return plain(value)
 
 
