@@ -82,6 +82,13 @@ def describe_guidance(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    try:
+        evaluate(options)
+    except (ValueError, OSError) as error:  # EvaluationError, TrainingError, CheckpointError, the disk: one sentence
+        raise SystemExit(f"ridfr evaluate {options.subject}: {error}") from error
+
+
+def evaluate(options: argparse.Namespace) -> None:
     if options.subject == "folder":
         return run_folder(options)
     if options.subject == "portraits":
@@ -105,11 +112,8 @@ def run_folder(options: argparse.Namespace) -> None:
 
     names = ("base", "content", "adapter", "clip_vision", "plus_v1", "guidance", "steps", "color_fix")
     pipeline = None if options.measure_only else {name: getattr(options, name) for name in names}
-    try:
-        print(evaluate_folder(options.data, options.out, options.references, options.face_model, options.judge,
-                              options.batch, pipeline), end="")
-    except (ValueError, OSError) as error:  # EvaluationError, CheckpointError, FaceModelError, the disk: one sentence
-        raise SystemExit(f"ridfr evaluate folder: {error}") from error
+    print(evaluate_folder(options.data, options.out, options.references, options.face_model, options.judge,
+                          options.batch, pipeline), end="")
 
 
 def run_report(options: argparse.Namespace) -> None:
