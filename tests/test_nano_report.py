@@ -63,6 +63,9 @@ def test_the_report_has_every_table_and_is_remade_from_what_was_measured(tmp_pat
     path.write_text(text + "\n" + nano_report.CAUSES + "\n\nBecause.\n")
     report.write(["1", "4", "lambda", "2", "3"], "the command")
     assert path.read_text() == text + "\n" + nano_report.CAUSES + "\n\nBecause.\n"
+    path.unlink()
+    report.write(["1"], "the command")
+    assert "minutes in all" in text and "minutes in all" not in path.read_text()
 
 
 def test_arms_differ_by_seed_and_by_how_the_face_joins_and_naive_is_not_aligned(arms):
