@@ -148,8 +148,6 @@ def test_features_are_computed_once_for_a_recogniser(folder, tmp_path, tower):
     assert compute(model).path("clip", 64) == features.path("clip", 64) and model.recogniser.calls == 2
     other = face_model("another")
     assert compute(other).path("clip", 64) != features.path("clip", 64) and other.recogniser.calls == 2
-    with pytest.raises(TrainingError, match="reference_sizes has 128, but the resolution is 64"):
-        compute_features(seen, landmarks, model, tower, (128,), cache, "cpu", quiet)
 
 
 def test_landmarks_follow_the_shrunk_photo():
@@ -257,6 +255,12 @@ def test_all_processes_together_draw_each_batch(accumulate, processes):
 def test_photos_know_whose_they_are(tmp_path):
     names = ("anna/1.png", "anna/sub/2.png", "ben/1.png")
     assert Photos(tmp_path, names, ("",) * 3, 64).people == {"anna": [0, 1], "ben": [2]}
-    flat = Photos(tmp_path, ("1.png", "2.png"), ("",) * 2, 64)
+
+
+def test_photos_in_no_folder_are_left_out_where_people_matter(tmp_path):
+    said, flat = [], ("1.png", "2.png")
+    both = material._of_people(Photos(tmp_path, (*flat, "anna/1.png"), ("",) * 3, 64), said.append)
+    assert both.people == {"anna": [0]}
+    assert said == ["2 photos are left out, for they lie in no person's folder: 1.png, 2.png."]
     with pytest.raises(TrainingError, match="put each person's photos into a folder of their own"):
-        material._check_people(flat, torch.eye(512)[:2], print)
+        material._of_people(Photos(tmp_path, flat, ("",) * 2, 64), print)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ridfr_core.checkpoints import expect, read
 from ridfr_core.content import ContentSpec
@@ -181,10 +182,33 @@ def test_a_run_does_not_go_on_with_other_settings_or_photos(noise, people, tmp_p
     train("content", noise, tmp_path / "run", "steps=1", "save_every=1")
     with pytest.raises(TrainingError, match=r"holds a run with other settings \(lr: 0.0001 -> 0.001\)"):
         train("content", noise, tmp_path / "run", "lr=1e-3")
-    with pytest.raises(TrainingError, match=r"holds a run with other settings \(photos: .*; data: "):
+    with pytest.raises(TrainingError, match=r"holds a run with other settings \(photos: .* -> .*\)"):
         train("content", people, tmp_path / "run")
+    moved = shutil.copytree(noise, tmp_path / "moved")
+    assert train("content", moved, f"{tmp_path / 'run'}/", "steps=1").exists()
+
+
+def test_other_weights_in_the_same_place_and_another_length_of_a_cosine_are_refused(noise, tmp_path):
+    base = shutil.copy(WEIGHTS / "checkpoint.safetensors", tmp_path / "base.safetensors")
+    more = (f"base={base}", "schedule=cosine", "save_every=1")
+    train("content", noise, tmp_path / "run", *more, "steps=1")
+    with pytest.raises(TrainingError, match=r"\(steps: 1 -> 2\)"):
+        train("content", noise, tmp_path / "run", *more, "steps=2")
+    tensors, metadata = read(base)
+    save_file({name: tensor + 0 for name, tensor in tensors.items()}, base, metadata | {"other": "bytes"})
+    with pytest.raises(TrainingError, match=r"\(base_sha256: \w{64} -> \w{64}\)"):
+        train("content", noise, tmp_path / "run", *more, "steps=1")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(noise, tmp_path):
     with pytest.raises(TrainingError, match="batch 2 cannot be shared by 1 processes in 3 parts each"):
         train("content", noise, tmp_path / "run", "accumulate=3")
+
+
+@pytest.mark.parametrize("setting, message", [
+    ("reference_sizes=[128, 64]", "reference_sizes has 128, but the resolution is 64"),
+    ("validation_people=3", "Of 3 people 3 cannot be kept apart"),
+])
+def test_what_cannot_be_is_refused_before_any_network_is_loaded(people, tmp_path, setting, message):
+    with pytest.raises(TrainingError, match=message):
+        train("align", people, tmp_path / "run", *WITH_REFERENCES, "base=nowhere", setting)

@@ -45,10 +45,10 @@ class Photos:
 
     @cached_property
     def people(self) -> dict[str, list[int]]:
-        """Rows by person: each folder inside the data folder is one."""
+        """Rows by person, of photos that all lie in folders: each folder inside the data folder is one."""
         people: dict[str, list[int]] = {}
         for row, name in enumerate(self.names):
-            people.setdefault(name.partition("/")[0] if "/" in name else "", []).append(row)
+            people.setdefault(name.partition("/")[0], []).append(row)
         return people
 
     def only(self, rows: Iterable[int]) -> "Photos":

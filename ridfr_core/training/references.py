@@ -82,8 +82,6 @@ def compute_features(
 
     CLIP's are stored in half precision: 0.66 MB for each photo and size with ViT-H/14.
     """
-    if max(sizes) > photos.resolution:
-        raise TrainingError(f"reference_sizes has {max(sizes)}, but the resolution is {photos.resolution}.")
     features = Features(cache, _digest(photos.digest, face_model.digest, fingerprint(tower)), sizes)
     recogniser, tower = face_model.recogniser.to(device), tower.to(device)
 

@@ -12,8 +12,10 @@ import yaml
 from ..content import CHOICES as CONTENT_CHOICES
 
 RECIPES = Path(__file__).parent / "recipes"
-# Neither what is learnt nor the order in which depends on these, so an interrupted run may go on with other values.
-FREE = {"steps", "accumulate", "gradient_checkpointing", "workers", "cache", "save_every", "keep", "validate_every"}
+# Neither what is learnt nor the order in which depends on these, so an interrupted run may go on with other values;
+# on the photos it does, but by what they are, not by where they lie.
+FREE = {"data", "out", "cache", "steps", "accumulate", "gradient_checkpointing", "workers", "save_every", "keep",
+        "validate_every"}
 
 
 class TrainingError(ValueError):
@@ -207,9 +209,9 @@ def _is(value, kind: type) -> bool:
 
 def changed(settings: Settings, before: Mapping) -> list[str]:
     """What differs from the settings a run began with and matters to it, as "key: old -> new"."""
-    now = as_yaml(settings)
-    return [f"{key}: {before.get(key)} -> {value}" for key, value in now.items()
-            if key not in FREE and value != before.get(key)]
+    free = FREE - {"steps"} if settings.schedule == "cosine" else FREE
+    return [f"{key}: {before.get(key)} -> {value}" for key, value in as_yaml(settings).items()
+            if key not in free and value != before.get(key)]
 
 
 def as_yaml(settings: Settings) -> dict:

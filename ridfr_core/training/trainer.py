@@ -66,7 +66,6 @@ class Trainer:
         self.stage, self.optimizer = accelerator.prepare(stage, optimizer)
         self.ema, self.progress = EMAModel(self.parameters, decay=settings.ema), Progress()
         accelerator.register_for_checkpointing(self.rate, self.ema, self.progress)
-        self._check_batch()
 
     def train(self) -> None:
         """Take the steps that are left, then put the averaged weights into the stage."""
@@ -130,12 +129,6 @@ class Trainer:
                                  accelerator.num_processes)
         return torch.utils.data.DataLoader(self.draws, batch_sampler=parts, num_workers=settings.workers,
                                            pin_memory=accelerator.device.type == "cuda")
-
-    def _check_batch(self) -> None:
-        accumulate, processes = self.settings.accumulate, self.accelerator.num_processes
-        if self.settings.batch % (accumulate * processes):
-            raise TrainingError(f"batch {self.settings.batch} cannot be shared by {processes} processes in "
-                                f"{accumulate} parts each: it must be a multiple of {accumulate * processes}.")
 
     def _log(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.progress.step)
