@@ -1,6 +1,7 @@
 """Training's photos, references and draws."""
 
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy
@@ -235,6 +236,18 @@ def test_a_draw_depends_on_its_number_and_the_seed_alone(folder, tmp_path):
     assert not torch.equal(later["noise"], other[7]["noise"])
     assert not torch.equal(later["noise"], one[6]["noise"])
     assert later["lq"].shape == (3, 64, 64) and (later["lq"] - later["hq"]).abs().mean() > 0.05
+
+
+def test_a_photo_that_goes_bad_in_mid_run_is_named_and_the_next_takes_its_place(folder, tmp_path):
+    one = draws(folder, tmp_path)
+    name = one.photos.names[one.row(4)]
+    (folder / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match=f"'{name}' can no longer be used: it is not an image. The next photo takes"):
+        draw = one[4]
+    assert torch.equal(draw["hq"], one[5]["hq"]) and not torch.equal(draw["noise"], one[5]["noise"])
+    shutil.rmtree(folder)
+    with pytest.warns(UserWarning), pytest.raises(TrainingError, match="is the folder still there"):
+        one[4]
 
 
 def test_each_epoch_has_every_photo_once_in_another_order(folder, tmp_path):
