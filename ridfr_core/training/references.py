@@ -28,7 +28,7 @@ def find_faces(photos: Photos, face_model: FaceModel, cache: Path, progress: Cal
 
     progress: as tqdm. Computed once, see `Features`. Raises TrainingError if there is no face anywhere.
     """
-    path = cache / f"faces-{_digest(photos.digest, face_model.digest)}.npy"
+    path = cache / f"faces-{_digest(photos.digest, face_model.detector.digest)}.npy"
     if not path.exists():
         rows = progress(range(len(photos)), desc="finding faces")
         _store(path, (_largest_face(photos.image(row), face_model) for row in rows), len(photos))
@@ -46,7 +46,8 @@ def _largest_face(image: Tensor, face_model: FaceModel) -> Tensor:
 
 @dataclass(frozen=True)
 class Features:
-    """What recogniser and CLIP say of photos; they are kept in files whose names hold the hash of all three.
+    """What recogniser and CLIP say of photos; they are kept in files whose names hold the hash of all three, and of
+    the detector.
 
     sizes: in pixels, that the photos were down-sampled to before they were looked at.
     """
@@ -82,7 +83,8 @@ def compute_features(
 
     CLIP's are stored in half precision: 0.66 MB for each photo and size with ViT-H/14.
     """
-    features = Features(cache, _digest(photos.digest, face_model.digest, fingerprint(tower)), sizes)
+    seen_by = face_model.detector.digest, face_model.digest, fingerprint(tower)
+    features = Features(cache, _digest(photos.digest, *seen_by), sizes)
     recogniser, tower = face_model.recogniser.to(device), tower.to(device)
 
     def read(size: int, embeddings: list[Tensor]):
