@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from ..adapter import IdentityAdapter, lora_of
+from ..adapter import IdentityAdapter, find_lora
 from ..checkpoints import expect, read
 from ..content import PREFIX, ContentSpec, controlnet_to_ldm, understand
 from ..nano import WEIGHTS
@@ -111,11 +111,12 @@ def load_content(where: str, base: Base) -> tuple[nn.Module, ContentSpec]:
 
 
 def load_adapter(where: str) -> tuple[IdentityAdapter, dict]:
-    """An identity adapter in fp32, and the LoRA in its file; `where`: a file, or "nano"."""
+    """An identity adapter in fp32, and the LoRA in its file or beside it; `where`: a file, or "nano"."""
     path = WEIGHTS / "identity_adapter.safetensors" if where == "nano" else Path(where)
     state, _ = read(path)
     expect(state, "identity-adapter", path.name)
-    return IdentityAdapter.from_state_dict({k: v.float() for k, v in state.items()}, name=path.name), lora_of(state)
+    adapter = IdentityAdapter.from_state_dict({k: v.float() for k, v in state.items()}, name=path.name)
+    return adapter, find_lora(path, state)
 
 
 def export(stage: nn.Module, path: Path, history: dict[str, str]) -> None:
