@@ -25,7 +25,7 @@ from ridfr_core.training.run import load_adapter, load_content, run
 from ridfr_core.training.settings import TrainingError, read_settings
 
 SMALL = ["base=nano", "resolution=64", "steps=4", "batch=2", "warmup=1", "workers=0", "save_every=2",
-         "validate_every=0", "validation_images=2", "validation_steps=2", "precision=fp32",
+         "validate_every=0", "validation_images=2", "precision=fp32",
          "gradient_checkpointing=false"]
 WITH_REFERENCES = ["adapter=nano", "content=nano", "face_model=nano", "clip_vision=nano", "reference_sizes=[64, 32]",
                    "validation_people=1"]
@@ -122,7 +122,7 @@ def test_two_processes_compute_what_one_does(people, tmp_path):
 
 def test_what_alignment_writes_is_a_content_controlnet_with_its_history(people, tmp_path):
     path = train("align", people, tmp_path / "align", *WITH_REFERENCES, "steps=2", "validate_every=2", "lr=1e-2",
-                 "gradient_checkpointing=true")
+                 "validation_steps=2", "gradient_checkpointing=true")
     state, metadata = read(path)
     expect(state, "content-controlnet", path.name)
     shipped, spec = load_content("nano", load_base("nano"))
@@ -141,7 +141,9 @@ def test_what_alignment_writes_is_a_content_controlnet_with_its_history(people, 
 
 
 def test_an_adapter_is_trained_from_nothing(people, tmp_path):
-    path = train("adapter", people, tmp_path / "adapter", *WITH_REFERENCES[2:5], "steps=2", "lr=1e-2")
+    more = (*WITH_REFERENCES[2:5], "steps=2", "lr=1e-2", "validate_every=2")
+    path = train("adapter", people, tmp_path / "adapter", *more)
+    assert "validation/loss" in rows(tmp_path / "adapter")[-1]
     adapter, lora = load_adapter(path)
     assert len(adapter.channels) == 16 and adapter.needs_clip and lora == {}
     start = build_adapter(load_base("nano").unet, dim=adapter.dim, clip_dim=adapter.clip_dim)
@@ -150,7 +152,8 @@ def test_an_adapter_is_trained_from_nothing(people, tmp_path):
 
 
 def test_latent_concatenation_has_eight_channels(noise, tmp_path):
-    path = train("content", noise, tmp_path / "latent", "kind=latent", "steps=1", "save_every=1", "validate_every=1")
+    path = train("content", noise, tmp_path / "latent", "kind=latent", "steps=1", "save_every=1", "validate_every=1",
+                 "validation_steps=2")
     content, spec = load_content(path, load_base("nano"))
     assert content.conv_in.in_channels == 8 and spec.kind == "latent"
 

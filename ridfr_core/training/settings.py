@@ -58,7 +58,6 @@ class Settings:
     keep: int
     validate_every: int
     validation_images: int
-    validation_steps: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class ContentSettings(Settings):
     """RIDFR Eq. 2."""
 
     degradation: Degradation
+    validation_steps: int
     kind: str
     value_range: str
     kernel: str
@@ -92,6 +92,7 @@ class AlignSettings(IdentitySettings):
     strength: float
     lora: float
     validation_people: int
+    validation_steps: int
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ ROUNDS = 8  # of the validation loss, each with other noise and other t
 
 
 class Validation:
-    """The same draws and the same start noise each time. Calling it gives numbers to log, and `out`/validation a sheet
-    of degraded faces, restorations and truths."""
+    """The same draws and the same start noise each time. Calling it gives numbers to log, and `out`/validation, in the
+    stages that restore, a sheet of degraded faces, restorations and truths."""
 
     def __init__(self, accelerator, stage: nn.Module, frozen: Frozen, material: Material, settings: Settings):
         self.accelerator, self.stage, self.frozen = accelerator, stage, frozen
