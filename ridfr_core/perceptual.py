@@ -10,7 +10,6 @@ from torch import Tensor, nn
 METRICS = {"LPIPS": "lpips", "MUSIQ": "musiq", "MANIQA": "maniqa", "CLIP-IQA": "clipiqa", "HyperIQA": "hyperiqa",
            "PI": "pi", "FID": "fid"}
 FULL_REFERENCE = {"LPIPS"}
-LOWER_IS_BETTER = {"LPIPS", "PI", "FID"}
 
 # What pyiqa 0.1.16 loads for each: files under torch's hub folder, and timm backbones in Hugging Face's cache.
 FILES = {

@@ -17,7 +17,8 @@ from ..nano.config import LATENT_SCALE
 from ..recognition import embed
 from ..training import clip_vision
 from .held_out import BATCH, HeldOut, Method, kept
-from .nano_report import difference, markdown
+from .measure import markdown
+from .nano_report import difference
 from .restorer import Restorer
 from .shipped import nano_adapter, nano_restorer, nano_tower
 

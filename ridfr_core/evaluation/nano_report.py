@@ -12,6 +12,7 @@ from ..nano import WEIGHTS
 from ..training.nano_arms import LAMBDAS, Arms
 from ..training.nano_diffusion import latents_of
 from .held_out import HeldOut, Measured, Method
+from .measure import markdown
 from .shipped import nano_adapter, nano_restorer, nano_tower, restorer
 
 REPORT = WEIGHTS.parent / "REPORT.md"
@@ -58,10 +59,6 @@ class Section:
 
 def yes(value: bool) -> str:
     return "yes" if value else "**no**"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def mean(values: Tensor) -> str:
