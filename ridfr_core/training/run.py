@@ -57,7 +57,7 @@ def run(name: str, settings: Settings) -> Path:
     accelerator.end_training()
     path = Path(settings.out) / f"{'adapter' if isinstance(stage, AdapterStage) else 'content'}.safetensors"
     if accelerator.is_main_process:
-        export(stage, path, _history(name, settings, material))
+        export(stage, path, _history(settings, identity, material))
     accelerator.print(f"The weights are in {path}.")
     return path
 
@@ -133,15 +133,15 @@ def export(stage: nn.Module, path: Path, history: dict[str, str]) -> None:
     write_whole(path, lambda partial: save_file(tensors, partial, metadata))
 
 
-def _history(name: str, settings: Settings, material: Material) -> dict[str, str]:
+def _history(settings: Settings, identity: dict[str, str], material: Material) -> dict[str, str]:
     """Where weights come from: what is needed to make them again."""
-    history = {"stage": name, "data": material.photos.digest, "photos": len(material.train.rows)}
+    history = {"stage": identity["stage"], "data": material.photos.digest, "photos": len(material.train.rows)}
     kept = ("steps", "batch", "lr", "schedule", "ema", "seed", "resolution")
     history |= {key: getattr(settings, key) for key in kept}
     if isinstance(settings, AlignSettings):
         history |= {"lambda": settings.strength, "recogniser": material.face_model.digest}
-        files = _digests(settings)
-        history |= {f"{key}_file": files.get(f"{key}_sha256", getattr(settings, key)) for key in ("content", "adapter")}
+        history |= {f"{key}_file": identity.get(f"{key}_sha256", getattr(settings, key))
+                    for key in ("content", "adapter")}
     return {PREFIX + key: str(value) for key, value in history.items()}
 
 
