@@ -7,8 +7,7 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..ridfr_core import checkpoints
-from ..ridfr_core.adapter import lora_of
+from ..ridfr_core import adapter as adapters
 from .managed import ManagedAdapter
 
 
@@ -17,17 +16,11 @@ def find_lora(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Empty if there is none. Raises CheckpointError if that file holds something else.
     """
-    if inside := lora_of(state):
-        return inside
-    name = f"{path.stem}_lora.safetensors"
-    users = (file for file in folder_paths.get_filename_list("loras") if Path(file).name == name)
-    places = [path.with_name(name), *(Path(folder_paths.get_full_path_or_raise("loras", file)) for file in users)]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        return {}
-    lora, _ = checkpoints.read(file)
-    checkpoints.expect(lora, "lora", file.name)
-    return lora
+    if lora := adapters.find_lora(path, state):
+        return lora
+    name = adapters.lora_file(path).name
+    users = [file for file in folder_paths.get_filename_list("loras") if Path(file).name == name]
+    return adapters.read_lora(Path(folder_paths.get_full_path_or_raise("loras", users[0]))) if users else {}
 
 
 def with_lora(model: ModelPatcher, adapter: ManagedAdapter, strength: float) -> ModelPatcher:

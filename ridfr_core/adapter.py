@@ -5,10 +5,11 @@ Parameter names follow the published checkpoints (tencent-ailab/IP-Adapter), so 
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor, nn
 
-from .checkpoints import CheckpointError, check_tensors, flatten, lacks
+from .checkpoints import CheckpointError, check_tensors, expect, flatten, lacks, read
 from .projections import FaceIdPlusProjection, FaceIdProjection, PlusProjection, attention
 
 # Cross-attention layers in checkpoint order (down, up, then mid) at ComfyUI's places (block, id, transformer index).
@@ -168,6 +169,26 @@ def lora_of(state_dict: Mapping) -> dict[str, Tensor]:
         number, projection, side = int(match[1]), match[2], match[3]
         target = "to_out.0" if projection == "out" else f"to_{projection}"
         lora[f"{_ldm_name(layers[number // 2])}.attn{1 + number % 2}.{target}.lora_{side}.weight"] = weight
+    return lora
+
+
+def find_lora(path: Path, state_dict: Mapping) -> dict[str, Tensor]:
+    """The LoRA of the adapter file `path`: inside it, else in NAME_lora.safetensors beside it; empty if in neither.
+
+    Raises CheckpointError if that file holds something else.
+    """
+    beside = lora_file(path)
+    return lora_of(state_dict) or (read_lora(beside) if beside.is_file() else {})
+
+
+def lora_file(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_lora.safetensors")
+
+
+def read_lora(file: Path) -> dict[str, Tensor]:
+    """Raises CheckpointError if the file holds something else."""
+    lora, _ = read(file)
+    expect(lora, "lora", file.name)
     return lora
 
 

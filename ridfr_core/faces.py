@@ -4,8 +4,10 @@ Landmarks are pixels (x, y) with pixel centres at integers, in insightface's ord
 eye, nose tip, left and right mouth corner. Images are RGB in [0,1].
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -97,8 +99,14 @@ class Detector:
         from insightface.model_zoo.scrfd import SCRFD
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self._path = Path(path)
         self._scrfd = SCRFD(model_file=str(path), session=session)
         self._scrfd.det_thresh = threshold
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the ONNX file."""
+        return hashlib.sha256(self._path.read_bytes()).hexdigest()
 
     def detect(self, image: Tensor) -> list[Face]:
         """Faces in an image [3,H,W], RGB in [0,1], largest first; empty if there are none."""

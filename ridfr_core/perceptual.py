@@ -10,7 +10,6 @@ from torch import Tensor, nn
 METRICS = {"LPIPS": "lpips", "MUSIQ": "musiq", "MANIQA": "maniqa", "CLIP-IQA": "clipiqa", "HyperIQA": "hyperiqa",
            "PI": "pi", "FID": "fid"}
 FULL_REFERENCE = {"LPIPS"}
-LOWER_IS_BETTER = {"LPIPS", "PI", "FID"}
 
 # What pyiqa 0.1.16 loads for each: files under torch's hub folder, and timm backbones in Hugging Face's cache.
 FILES = {
@@ -35,7 +34,7 @@ def load(name: str, device: torch.device | str = "cpu") -> nn.Module:
     pyiqa itself would download what is missing, so it is asked only when nothing is.
     """
     if importlib.util.find_spec("pyiqa") is None:
-        raise MetricAbsent("pyiqa is not installed: pip install ridfr[evaluate]")
+        raise MetricAbsent("pyiqa is not installed: `pip install -e '.[evaluate]'` in the pack's folder")
     name = METRICS[name]
     if missing := missing_weights(name):
         raise MetricAbsent(f"its weights are not on this disk ({', '.join(missing)}): run `pyiqa {name} --target IMAGE`"

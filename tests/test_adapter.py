@@ -2,8 +2,9 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from ridfr_core.adapter import BASES, IdentityAdapter, decoupled_attention, lora_of
+from ridfr_core.adapter import BASES, IdentityAdapter, decoupled_attention, find_lora, lora_of
 from ridfr_core.checkpoints import CheckpointError, kind_of
 from ridfr_core.layouts import unet_to_ldm
 
@@ -153,6 +154,14 @@ def test_lora_gets_the_names_of_its_layers(base):
                 want[f"{target}.lora_{side}.weight"] = state[f"ip_adapter.{n}.to_{key}_lora.{side}.weight"]
     got = lora_of(state)
     assert got.keys() == want.keys() and all(got[key] is want[key] for key in want)
+
+
+def test_a_lora_beside_the_file_is_found_where_there_is_none_inside(tmp_path):
+    path, beside = tmp_path / "faceid.bin", {"unet.mid.processor.to_q_lora.down.weight": torch.ones(1)}
+    assert find_lora(path, {}) == {}
+    save_file(beside, tmp_path / "faceid_lora.safetensors")
+    inside = published(meta_unet("SD1.5"), lora=True)
+    assert find_lora(path, {}) == beside and find_lora(path, inside).keys() == lora_of(inside).keys()
 
 
 def test_every_missing_tensor_is_named():

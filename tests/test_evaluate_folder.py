@@ -4,15 +4,18 @@ import csv
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy
 import pytest
 from PIL import Image
 
 from ridfr_core.cli import main
-from ridfr_core.evaluation.folder import EvaluationError, export_portraits, find_tasks
+from ridfr_core.evaluation.folder import EvaluationError, export_portraits, face_model_of, find_tasks
 from ridfr_core.evaluation.measure import Row, averages, summary, variance
 
 PEOPLE, REFERENCES = 2, 2
+EVERYWHERE = SimpleNamespace(detect=lambda image: ["a face"])
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def data(exported, tmp_path):
 
 def restore_by_hand(data, out):
     """As if by another program: with the first reference the truth, with the second the LQ face as it is."""
-    for task in find_tasks(data, REFERENCES)[0]:
+    for task in find_tasks(data, REFERENCES, EVERYWHERE)[0]:
         path = task.restored(out)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((task.truth if task.reference.stem == "1" else task.lq).read_bytes())
@@ -70,11 +73,14 @@ def test_restored_here_by_the_shipped_networks(data, tmp_path):
     out = tmp_path / "out"
     main(["evaluate", "folder", str(data), "--out", str(out), "--steps", "1", "--guidance", "2"])
     assert len(rows_of(out)) == PEOPLE
-    restored = [Image.open(task.restored(out)) for task in find_tasks(data, 1)[0]]
+    restored = [Image.open(task.restored(out)) for task in find_tasks(data, 1, EVERYWHERE)[0]]
     assert [image.size for image in restored] == [(128, 128)] * PEOPLE
-    main(["evaluate", "folder", str(data), "--out", str(out), "--steps", "1", "--references", "0"])
-    blind = find_tasks(data, 0)[0][0].restored(out)
+    main(["evaluate", "folder", str(data), "--out", str(out), "--steps", "1", "--references", "0",
+          "--color-fix", "adain"])
+    blind = find_tasks(data, 0, EVERYWHERE)[0][0].restored(out)
     assert blind.name == "0.png" and Image.open(blind).tobytes() != restored[0].tobytes()
+    lq, fixed = (numpy.array(Image.open(path)).mean((0, 1)) for path in (data / "0000" / "lq" / "0.png", blind))
+    assert abs(lq - fixed).max() < 4
     assert "restored blindly" in (out / "summary.md").read_text(encoding="utf-8")
 
 
@@ -95,6 +101,7 @@ def test_two_processes_measure_what_one_does(data, tmp_path, checkout):
 @pytest.mark.parametrize("arguments, message", [
     (["--judge", "nano"], "The judge nano has the same recogniser file as nano, which conditions"),
     (["--content", "nowhere.safetensors"], "nowhere.safetensors.* does not exist"),
+    (["--measure-only"], "2 of 2 restored faces are not there, the first of them '.*0000/0--1.png': restore them"),
 ])
 def test_refused(data, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=f"ridfr evaluate folder: .*{message}"):
@@ -103,13 +110,17 @@ def test_refused(data, tmp_path, arguments, message):
 
 def test_nothing_to_restore(tmp_path):
     with pytest.raises(EvaluationError, match=r"nothing to restore: it needs PERSON/lq/NAME.png and PERSON/ref/"):
-        find_tasks(tmp_path, 1)
+        find_tasks(tmp_path, 1, EVERYWHERE)
 
 
-def test_a_reference_without_a_face_is_named(data, tmp_path):
+def test_a_reference_without_a_face_and_a_person_without_a_reference_are_named(data):
     Image.new("RGB", (128, 128), "white").save(data / "0000" / "ref" / "1.png")
-    with pytest.raises(SystemExit, match=r"No face was found in the reference .*0000/ref/1.png"):
-        main(["evaluate", "folder", str(data), "--out", str(tmp_path / "out"), "--steps", "1"])
+    for photo in (data / "0001" / "ref").iterdir():
+        photo.unlink()
+    tasks, unusable = find_tasks(data, 1, face_model_of("nano").detector)
+    assert [task.reference for task in tasks] == [data / "0000" / "ref" / "2.png"]
+    assert unusable == {data / "0000" / "ref" / "1.png": "no face was found in it",
+                        data / "0001" / "ref": "there is no reference, so the person is left out"}
 
 
 def test_what_could_not_be_measured_is_left_out_of_means():

@@ -1,12 +1,17 @@
 """Going on from the shipped weights."""
 
+import json
+
+import pytest
 import torch
 
 from ridfr_core.checkpoints import read
 from ridfr_core.content import controlnet_to_ldm
 from ridfr_core.layouts import vae_to_ldm
 from ridfr_core.nano import WEIGHTS
-from ridfr_core.training import nano_diffusion, nano_vae
+from ridfr_core.training import nano_diffusion, nano_figures, nano_vae
+from ridfr_core.training.loop import Run
+from ridfr_core.training.nano import NanoTraining
 from ridfr_core.training.nano_shipped import adopt, from_ldm
 
 
@@ -25,3 +30,13 @@ def test_adopted_runs_are_finished_and_older_checkpoints_stay(tmp_path):
     unet = nano_diffusion.train_base(tmp_path, material=None)  # no step is left to take
     shipped, _ = read(WEIGHTS / "checkpoint.safetensors")
     assert torch.equal(unet.conv_out.weight, shipped["model.diffusion_model.out.2.weight"].float())
+
+
+def test_the_figures_of_the_shipped_weights_need_no_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "train", lambda *args: pytest.fail("trains"))
+    for name, value in (("WEIGHTS", tmp_path), ("PEOPLE", 2), ("STEPS", 2)):
+        monkeypatch.setattr(nano_figures, name, value)
+    nano_figures.write(NanoTraining(tmp_path))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures) == {"aligned"} and figures["aligned"]["vae"]["psnr"] > 20
+    assert (tmp_path / "figures.png").exists()

@@ -16,6 +16,7 @@ import pytest
 import websocket
 
 from tools import cache, comfyui, demo, environment
+from tools.bench_report import write_table
 from tools.server import Client, PromptError, Server, link_pack
 from tools.steps import StepError
 
@@ -307,3 +308,18 @@ def test_lost_server_is_one_sentence(monkeypatch, loss, sentence):
     monkeypatch.setattr(websocket, "create_connection", lambda *args, **options: Lost())
     with pytest.raises(PromptError, match=sentence):
         Client("http://127.0.0.1:1").wait("a prompt", timeout=9)
+
+
+def test_the_other_benchmarks_join_the_table(tmp_path):
+    machine = {"date": "today", "gpu": None, "machine": "arm64", "torch": "2.11", "threads": 2, "note": ""}
+    stage = {"steps": 4, "seconds_per_step": 1.25, "peak_memory_gib": 8.5, "loss": 1.0}
+    training = {"resolution": 512, "batch": 8, "widths": [320, 640], "content": stage, "align": stage,
+                "difference_from_undisturbed": 0.0}
+    variant = {"mode": "face", "iterations": 2, "ratio": {"cfg 1": 3.0, "cfg 2": 2.0}, "bytes_above_plain": 2**30}
+    guidance = {"cases": [{"base": "sd15", "size": 512, "dtype": "torch.float32", "variants": [variant]}]}
+    for name, results in (("training", training), ("guidance_cpu", guidance)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(machine | results))
+    write_table(tmp_path)
+    table = (tmp_path / "README.md").read_text()
+    assert "| align | 4 | 1.25 | 8.5 GiB |" in table and "undisturbed run's by 0 at most" in table
+    assert "| sd15 512 px, torch.float32 | face | 2 | 3.00 | 2.00 | 1.00 GiB |" in table

@@ -10,6 +10,7 @@ from torch import nn
 from ridfr_core.training import nano_diffusion, nano_vae
 from ridfr_core.training.loop import Recipe, Run
 from ridfr_core.training.portrait_data import portrait_set
+from ridfr_core.training.settings import TrainingError
 
 RECIPE = Recipe(steps=30, batch=8, lr=0.01, warmup=3, seed=7)
 
@@ -46,11 +47,14 @@ def test_a_run_learns_and_logs(tmp_path):
     assert rows[-1]["loss"] < 0.01 * rows[0]["loss"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+@pytest.mark.parametrize("loss, value", [(lambda weight: weight.sum() * torch.nan, "nan"),
+                                         (lambda weight: (0 * weight.sum()).sqrt(), "0.0")])
+def test_a_loss_or_a_gradient_that_is_no_number_stops_the_run(tmp_path, loss, value):
     net = nn.Linear(1, 1)
-    run = Run(tmp_path, "nan", net, RECIPE)
-    with pytest.raises(RuntimeError, match="nan: the loss is nan at step 0; the last good checkpoint is"):
-        run.train(lambda step, generator: net.weight.sum() * float("nan"))
+    run = Run(tmp_path, "broken", net, RECIPE)
+    with pytest.raises(TrainingError, match=f"broken: the loss is {value} and the gradient nan at step 0, with the "
+                                            "learning rate 0.00333333; the last good checkpoint is none"):
+        run.train(lambda step, generator: loss(net.weight))
 
 
 def test_the_rate_rises_stays_and_falls():

@@ -96,6 +96,16 @@ def test_a_folder_that_lacks_a_part_says_which(parts, tmp_path):
         load_base(str(tmp_path))
 
 
+@pytest.mark.parametrize("config", [{"attention_head_dim": [4, 4, 8, 8]}, {"in_channels": 9}])
+def test_a_folder_of_sd2_or_of_inpainting_is_refused(tmp_path, config):
+    for name in ("vae", "text_encoder", "scheduler"):
+        (tmp_path / name).mkdir()
+    sizes = dict(block_out_channels=(32, 32, 64, 64), cross_attention_dim=64, attention_head_dim=8)
+    UNet2DConditionModel(**sizes | config).save_pretrained(tmp_path / "unet")
+    with pytest.raises(CheckpointError, match="is not SD1.5: use a text-to-image checkpoint of SD1.5"):
+        load_base(str(tmp_path))
+
+
 def test_clip_from_a_folder_and_from_a_file_with_its_config(tmp_path):
     torch.manual_seed(0)
     config = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,

@@ -1,6 +1,7 @@
 """Training's photos, references and draws."""
 
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy
@@ -100,12 +101,15 @@ class Recogniser(nn.Module):
 class Detector:
     """Finds the face in the middle of any picture that is not black."""
 
+    def __init__(self, digest):
+        self.digest = digest
+
     def detect(self, image):
         return [SimpleNamespace(landmarks=ARCFACE_TEMPLATE * (image.shape[-1] / 112))] if image.any() else []
 
 
-def face_model(digest="one"):
-    return SimpleNamespace(detector=Detector(), recogniser=Recogniser(), digest=digest)
+def face_model(digest="one", detector="one"):
+    return SimpleNamespace(detector=Detector(detector), recogniser=Recogniser(), digest=digest)
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +150,8 @@ def test_features_are_computed_once_for_a_recogniser(folder, tmp_path, tower):
     assert features.embeddings(64).norm(dim=1).sub(1).abs().max() < 1e-5
     torch.testing.assert_close(features.embedding(4, 64), features.embeddings(64)[4])
     assert compute(model).path("clip", 64) == features.path("clip", 64) and model.recogniser.calls == 2
-    other = face_model("another")
-    assert compute(other).path("clip", 64) != features.path("clip", 64) and other.recogniser.calls == 2
-    with pytest.raises(TrainingError, match="reference_sizes has 128, but the resolution is 64"):
-        compute_features(seen, landmarks, model, tower, (128,), cache, "cpu", quiet)
+    for other in (face_model("another"), face_model(detector="another")):
+        assert compute(other).path("clip", 64) != features.path("clip", 64) and other.recogniser.calls == 2
 
 
 def test_landmarks_follow_the_shrunk_photo():
@@ -215,6 +217,14 @@ def test_a_stranger_among_the_photos_of_a_person_is_found(folder, tmp_path):
     assert said[1] == "1 people have one photo only (cleo): it is both references, at different sizes."
 
 
+@pytest.mark.parametrize("first, second, found", [(4, 4, 8), (5, 3, 3)])
+def test_two_people_in_one_folder_are_found(tmp_path, first, second, found):
+    names = tuple(f"both/{i}.png" for i in range(first + second))
+    embeddings = torch.eye(512)[[0] * first + [1] * second]
+    doubtful = strangers(Photos(tmp_path, names, ("",) * len(names), 64), embeddings)
+    assert [name for name, _ in doubtful] == list(names[-found:])
+
+
 def draws(folder, tmp_path, seed=0):
     found, _ = find_photos(folder, 64, tmp_path / "cache")
     degradation = DegradationRange(sigma=(0.5, 1), ratio=(2, 4), noise=(5, 10), quality=(40, 80))
@@ -229,6 +239,18 @@ def test_a_draw_depends_on_its_number_and_the_seed_alone(folder, tmp_path):
     assert not torch.equal(later["noise"], other[7]["noise"])
     assert not torch.equal(later["noise"], one[6]["noise"])
     assert later["lq"].shape == (3, 64, 64) and (later["lq"] - later["hq"]).abs().mean() > 0.05
+
+
+def test_a_photo_that_goes_bad_in_mid_run_is_named_and_the_next_takes_its_place(folder, tmp_path):
+    one = draws(folder, tmp_path)
+    name = one.photos.names[one.row(4)]
+    (folder / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match=f"'{name}' can no longer be used: it is not an image. The next photo takes"):
+        draw = one[4]
+    assert torch.equal(draw["hq"], one[5]["hq"]) and not torch.equal(draw["noise"], one[5]["noise"])
+    shutil.rmtree(folder)
+    with pytest.warns(UserWarning), pytest.raises(TrainingError, match="is the folder still there"):
+        one[4]
 
 
 def test_each_epoch_has_every_photo_once_in_another_order(folder, tmp_path):
@@ -249,6 +271,12 @@ def test_all_processes_together_draw_each_batch(accumulate, processes):
 def test_photos_know_whose_they_are(tmp_path):
     names = ("anna/1.png", "anna/sub/2.png", "ben/1.png")
     assert Photos(tmp_path, names, ("",) * 3, 64).people == {"anna": [0, 1], "ben": [2]}
-    flat = Photos(tmp_path, ("1.png", "2.png"), ("",) * 2, 64)
+
+
+def test_photos_in_no_folder_are_left_out_where_people_matter(tmp_path):
+    said, flat = [], ("1.png", "2.png")
+    both = material._of_people(Photos(tmp_path, (*flat, "anna/1.png"), ("",) * 3, 64), said.append)
+    assert both.people == {"anna": [0]}
+    assert said == ["2 photos are left out, for they lie in no person's folder: 1.png, 2.png."]
     with pytest.raises(TrainingError, match="put each person's photos into a folder of their own"):
-        material._check_people(flat, torch.eye(512)[:2], print)
+        material._of_people(Photos(tmp_path, flat, ("",) * 2, 64), print)

@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
+from ridfr_core.checkpoints import CheckpointError
 from ridfr_core.content import ContentSpec
 from ridfr_core.training.base import Base
 from ridfr_core.training.networks import build_adapter, build_content, let_identity_in, merge_lora
@@ -154,3 +155,11 @@ def test_merging_a_lora_adds_its_product_to_the_layer_that_it_names():
     for name, key in weights.items():
         up, down = (lora[f"diffusion_model.{places[name]}.{name}.lora_{side}.weight"] for side in ("up", "down"))
         torch.testing.assert_close(unet.state_dict()[key], before[name] + 0.5 * (up @ down).double())
+    again = toy_base().unet
+    processors = {name: key.removesuffix(f".{name}.weight") for name, key in weights.items()}
+    merge_lora(again, {f"unet.{processors[name]}.processor.{name.removesuffix('.0')}_lora.{side}.weight":
+                       lora[f"diffusion_model.{places[name]}.{name}.lora_{side}.weight"]
+                       for name in weights for side in ("up", "down")}, 0.5)
+    assert all(torch.equal(again.state_dict()[key], unet.state_dict()[key]) for key in weights.values())
+    with pytest.raises(CheckpointError, match="The adapter's LoRA has 'lora_unet_mid.alpha', which the base has not"):
+        merge_lora(unet, {"lora_unet_mid.alpha": torch.ones(())}, 0.5)

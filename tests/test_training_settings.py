@@ -6,7 +6,17 @@ import pytest
 import yaml
 
 from ridfr_core import cli
-from ridfr_core.training.settings import RECIPES, STAGES, Degradation, TrainingError, as_yaml, changed, read_settings
+from ridfr_core.training.settings import (
+    LEAST,
+    RECIPES,
+    STAGES,
+    AlignSettings,
+    Degradation,
+    TrainingError,
+    as_yaml,
+    changed,
+    read_settings,
+)
 
 NEEDED = ["data=photos", "base=sd15", "out=run"]
 REFERENCES = ["adapter=a", "content=c", "face_model=buffalo_l", "clip_vision=h"]
@@ -16,6 +26,10 @@ REFERENCES = ["adapter=a", "content=c", "face_model=buffalo_l", "clip_vision=h"]
 def test_a_recipe_has_the_keys_of_its_stage(stage):
     recipe = yaml.safe_load((RECIPES / f"{stage}.yaml").read_text())
     assert set(recipe) == {field.name for field in fields(STAGES[stage])}
+
+
+def test_least_values_are_of_keys_that_there_are():
+    assert set(LEAST) <= {field.name for field in fields(AlignSettings)}
 
 
 def test_the_papers_numbers_are_the_defaults():
@@ -48,6 +62,8 @@ def test_a_file_overrides_the_recipe_and_the_command_line_the_file(tmp_path):
         ("degradation=3", "'degradation' is a group of keys: sigma, ratio, noise, quality"),
         ("schedule=linear", "'schedule' is 'linear', but must be one of constant, cosine"),
         ("kind=both", "'kind' is 'both', but must be one of pixel, latent"),
+        ("save_every=0", "'save_every' is 0, but must be at least 1"),
+        ("lr=-1e-4", "'lr' is -0.0001, but must be at least 0"),
         ("data=", "'data' is not set"),
         ("steps=[", r"'steps=\[' is not valid YAML"),
     ],

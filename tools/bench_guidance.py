@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 from .bench import gpu_time, machine, process_time
+from .bench_report import write_table
 from .bench_sides import SD15, SDXL, Case, Inputs, Ours, build, randomised, start_comfyui
 from .cache import CHECKOUT
 from .steps import say
@@ -22,7 +23,7 @@ CFG = 2.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="ridfr bench guidance", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench_guidance", description=__doc__)
     parser.add_argument("--tree", type=Path, required=True, help="ComfyUI's folder")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each variant (default: %(default)s)")
     parser.add_argument("--size", type=int, default=512, help="of the SD1.5 picture, in pixels (default: %(default)s)")
@@ -38,7 +39,8 @@ def main() -> None:
     file = CHECKOUT / "benchmarks" / ("guidance_gpu.json" if cuda else "guidance_cpu.json")
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(machine(options.note) | {"cases": results}, indent=1) + "\n")
-    say(f"wrote {file}")
+    write_table(file.parent)
+    say(f"wrote {file} and {file.parent / 'README.md'}")
 
 
 def measured(pack: ModuleType, case: Case, repeats: int, cuda: bool) -> dict:

@@ -14,12 +14,19 @@ process, so the ratios hold even where the machine was busy; the seconds don't.
 
 
 def write_table(folder: Path) -> None:
-    """Render cpu.json and gpu.json, as far as they are there."""
+    """Render the results in `folder`, as far as they are there."""
+    sections = (("cpu.json", cpu, "Processor"), ("gpu.json", gpu, "NVIDIA GPU"),
+                ("guidance_cpu.json", guidance, "ID-preserving sampling, processor"),
+                ("guidance_gpu.json", guidance, "ID-preserving sampling, NVIDIA GPU"),
+                ("training.json", training, "Training"))
     parts = [HEAD]
-    for name, render, title in (("cpu.json", cpu, "Processor"), ("gpu.json", gpu, "NVIDIA GPU")):
+    for name, render, title in sections:
         file = folder / name
-        parts += [f"## {title}\n", render(json.loads(file.read_text())) if file.exists() else "Not run yet: no such "
-                  "GPU was to be had. `make bench` on a machine with CUDA fills this in.\n"]
+        if file.exists():
+            parts += [f"## {title}\n", render(json.loads(file.read_text()))]
+        elif name == "gpu.json":
+            parts += [f"## {title}\n", "Not run yet: no such GPU was to be had. `make bench` on a machine with CUDA "
+                      "fills this in.\n"]
     (folder / "README.md").write_text("\n".join(parts))
 
 
@@ -54,6 +61,30 @@ def gpu(results: dict) -> str:
         rows.append(f"| {name} | {r['people']} | {'yes' if r['compiled'] else 'no'} | {rate:.2f} | {peak:.1f} GB "
                     f"| {r['overhead']:+.1%} | {r['ratio_to_diffusers']:.2f} |")
     return "\n".join([heading(results), *rows, ""])
+
+
+def guidance(results: dict) -> str:
+    rows = ["| base | decode | iterations | step, at CFG 1 | step, at CFG 2 | memory above plain |",
+            "|---|---|---|---|---|---|"]
+    for case in results["cases"]:
+        for one in case["variants"]:
+            ratio = one["ratio"]
+            rows.append(f"| {case['base']} {case['size']} px, {case['dtype']} | {one['mode']} | {one['iterations']} "
+                        f"| {ratio['cfg 1']:.2f} | {ratio['cfg 2']:.2f} | {one['bytes_above_plain'] / 2**30:.2f} GiB |")
+    what = "A guided step over a plain one (`python -m tools.bench_guidance`).\n"
+    return "\n".join([heading(results), what, *rows, ""])
+
+
+def training(results: dict) -> str:
+    rows = [f"| {name} | {one['steps']} | {one['seconds_per_step']:.2f} | {one['peak_memory_gib']:.1f} GiB |"
+            for name, one in ((name, results[name]) for name in ("content", "align"))]
+    return "\n".join([
+        heading(results),
+        f"SD1.5 of random weights and widths {results['widths']}, {results['resolution']} pixels, batch "
+        f"{results['batch']}, stopped halfway and resumed (`python -m tools.bench_training`). The resumed content "
+        f"stage's weights differ from an undisturbed run's by {results['difference_from_undisturbed']:g} at most.\n",
+        "| stage | steps | seconds per step | peak memory |", "|---|---|---|---|", *rows, "",
+    ])
 
 
 def heading(results: dict) -> str:

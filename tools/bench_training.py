@@ -1,27 +1,29 @@
 """How fast training is at SD1.5's full size, on random weights: a content stage, then Alignment Learning on its result.
 
-`python -m tools.bench_training --work FOLDER` writes `benchmarks/training.json`. FOLDER gets about 8 GB: base, adapter,
-runs. Each stage is first stopped halfway and goes on from its checkpoint, as a user's run would.
+`python -m tools.bench_training --work FOLDER --tree COMFYUI` writes `benchmarks/training.json`. FOLDER gets about
+15 GB: base, adapter, runs. Each stage is first stopped halfway and goes on from its checkpoint, as a user's run would;
+the content stage runs undisturbed, too, and both results are compared. ComfyUI opens what the second stage wrote.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ridfr_core.training.base import load_base
 from ridfr_core.training.networks import build_adapter
 from ridfr_core.training.portrait_data import export_portraits
-from ridfr_core.training.run import load_content, run
+from ridfr_core.training.run import run
 from ridfr_core.training.settings import read_settings
 
 from .bench import FOLDER, machine
-from .bench_sides import SD15
+from .bench_guidance import peak
+from .bench_report import write_table
+from .bench_sides import SD15, start_comfyui
 from .steps import say
 
 NANO_CLIP = 128  # width of the nano CLIP's features, which stands for ViT-H here: features are computed ahead
@@ -29,6 +31,7 @@ NANO_CLIP = 128  # width of the nano CLIP's features, which stands for ViT-H her
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench_training", description=__doc__)
+    parser.add_argument("--tree", type=Path, required=True, help="ComfyUI's folder")
     parser.add_argument("--work", type=Path, required=True, help="folder for weights, portraits and runs")
     parser.add_argument("--steps", type=int, default=20, help="of each stage (default: %(default)s)")
     parser.add_argument("--resolution", type=int, default=512, help="of the photos (default: %(default)s)")
@@ -49,12 +52,17 @@ def main() -> None:
     given = [f"content={content}", f"adapter={work / 'adapter.safetensors'}", "face_model=nano", "clip_vision=nano",
              f"reference_sizes=[{options.resolution}, {options.resolution // 8}]", "validation_people=1"]
     aligned, align_result = measure("align", options, given)
-    load_content(str(aligned), load_base(str(base)))
-    result = machine(options.note) | {"resolution": options.resolution, "batch": options.batch,
-                                      "widths": list(options.widths), "content": content_result, "align": align_result}
+    undisturbed = train("content", options, work / "undisturbed", options.steps, [])
+    open_in_comfyui(options.tree, aligned)
+    result = machine(options.note) | {
+        "resolution": options.resolution, "batch": options.batch, "widths": list(options.widths),
+        "content": content_result, "align": align_result,
+        "difference_from_undisturbed": difference(content, undisturbed),
+    }
     options.folder.mkdir(exist_ok=True)
     (options.folder / "training.json").write_text(json.dumps(result, indent=1) + "\n")
-    say(f"wrote {options.folder / 'training.json'}")
+    write_table(options.folder)
+    say(f"wrote {options.folder / 'training.json'} and {options.folder / 'README.md'}")
 
 
 def write_base(folder: Path, widths: tuple[int, ...]) -> None:
@@ -76,20 +84,35 @@ def write_base(folder: Path, widths: tuple[int, ...]) -> None:
 
 def measure(stage: str, options: argparse.Namespace, more: list[str]) -> tuple[Path, dict]:
     """Train half of the steps, and from the checkpoint the other half, which is timed."""
-    out, half = options.work / stage, options.steps // 2
-    for steps in (half, options.steps):
-        path = run(stage, read_settings(stage, None, [
-            f"data={options.work / 'photos'}", f"base={options.work / 'base'}", f"out={out}", f"steps={steps}",
-            f"resolution={options.resolution}", f"batch={options.batch}", f"save_every={half}", "validate_every=0",
-            "warmup=5", "keep=1", *more]))
+    out = options.work / stage
+    with peak(torch.cuda.is_available()) as used:
+        for steps in (options.steps // 2, options.steps):
+            path = train(stage, options, out, steps, more)
     first, last = (json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[-2:])
     seconds = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_reserved()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return path, {"steps": options.steps, "seconds_per_step": round(seconds, 3), "loss": last["loss"],
-                  "peak_memory_gib": round(peak / 2**30, 2)}
+                  "peak_memory_gib": round(used.bytes / 2**30, 2)}
+
+
+def train(stage: str, options: argparse.Namespace, out: Path, steps: int, more: list[str]) -> Path:
+    return run(stage, read_settings(stage, None, [
+        f"data={options.work / 'photos'}", f"base={options.work / 'base'}", f"out={out}", f"steps={steps}",
+        f"resolution={options.resolution}", f"batch={options.batch}", f"save_every={options.steps // 2}",
+        "validate_every=0", "warmup=5", "keep=1", *more]))
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest between the tensors of two files; 0 where they are equal to the bit."""
+    tensors = load_file(other)
+    return max((tensor.float() - tensors[name].float()).abs().max().item() for name, tensor in load_file(one).items())
+
+
+def open_in_comfyui(tree: Path, file: Path) -> None:
+    """As the node Load Content ControlNet does; it raises an error if anything is missing or of another shape."""
+    pack = start_comfyui(tree, [] if torch.cuda.is_available() else ["--cpu"])
+    core = pack.ridfr_core
+    state, spec = core.content.understand(*core.checkpoints.read(file), file.name)
+    pack.nodes.content_control.content_control(state, spec, file.name)
 
 
 if __name__ == "__main__":

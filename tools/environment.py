@@ -27,7 +27,10 @@ MODULES = {  # what the pack and this tool import, and what pip calls it
     "onnxruntime": "onnxruntime", "insightface": "insightface", "PIL": "pillow", "yaml": "pyyaml",
     "comfy_cli": "comfy-cli", "websocket": "websocket-client",
 }
-TEST_MODULES = {"pytest": "pytest", "diffusers": "diffusers", "transformers": "transformers", "ruff": "ruff"}
+TEST_MODULES = {  # what the tests import besides
+    "pytest": "pytest", "ruff": "ruff", "accelerate": "accelerate", "diffusers": "diffusers",
+    "transformers": "transformers", "tensorboard": "tensorboard", "tqdm": "tqdm", "matplotlib": "matplotlib",
+}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ def describe_folder(parser: argparse.ArgumentParser) -> None:
                              "several give the identity variance, 0 restores blindly (default: 1)")
     parser.add_argument("--guidance", type=float, default=1.0, help="on the identity (default: 1)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
+    parser.add_argument("--color-fix", choices=("wavelet", "adain"), help="give results the LQ faces' colours")
     parser.add_argument("--batch", type=int, default=8, help="faces restored at once (default: 8)")
     parser.add_argument("--measure-only", action="store_true",
                         help="OUT/restored/PERSON/NAME--REFERENCE.png (NAME.png if blind) are there already, by "
@@ -81,6 +82,13 @@ def describe_guidance(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    try:
+        evaluate(options)
+    except (ValueError, OSError) as error:  # EvaluationError, TrainingError, CheckpointError, the disk: one sentence
+        raise SystemExit(f"ridfr evaluate {options.subject}: {error}") from error
+
+
+def evaluate(options: argparse.Namespace) -> None:
     if options.subject == "folder":
         return run_folder(options)
     if options.subject == "portraits":
@@ -96,19 +104,16 @@ def run(options: argparse.Namespace) -> None:
         return run_report(options)
     from ..training import nano
 
-    nano.train(["figures"], options.work, options.threads)
+    nano.train(["figures"], options.work, options.threads, from_shipped=True)
 
 
 def run_folder(options: argparse.Namespace) -> None:
     from ..evaluation.run import evaluate_folder
 
-    names = ("base", "content", "adapter", "clip_vision", "plus_v1", "guidance", "steps")
+    names = ("base", "content", "adapter", "clip_vision", "plus_v1", "guidance", "steps", "color_fix")
     pipeline = None if options.measure_only else {name: getattr(options, name) for name in names}
-    try:
-        print(evaluate_folder(options.data, options.out, options.references, options.face_model, options.judge,
-                              options.batch, pipeline), end="")
-    except ValueError as error:  # EvaluationError, CheckpointError, FaceModelError: one sentence
-        raise SystemExit(f"ridfr evaluate folder: {error}") from error
+    print(evaluate_folder(options.data, options.out, options.references, options.face_model, options.judge,
+                          options.batch, pipeline), end="")
 
 
 def run_report(options: argparse.Namespace) -> None:

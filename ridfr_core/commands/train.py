@@ -31,14 +31,17 @@ def describe(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.recipe in AT_SCALE:
-        _at_scale(options)
-    elif options.recipe == "portraits":
-        from ..training.portrait_data import export_portraits
+    try:
+        if options.recipe in AT_SCALE:
+            _at_scale(options)
+        elif options.recipe == "portraits":
+            from ..training.portrait_data import export_portraits
 
-        export_portraits(options.folder, options.people, options.views)
-    else:
-        _nano(options)
+            export_portraits(options.folder, options.people, options.views)
+        else:
+            _nano(options)
+    except (ValueError, OSError) as error:  # TrainingError, CheckpointError, FaceModelError, the disk: one sentence
+        raise SystemExit(f"ridfr train {options.recipe}: {error}") from error
 
 
 def _at_scale(options: argparse.Namespace) -> None:
@@ -47,13 +50,10 @@ def _at_scale(options: argparse.Namespace) -> None:
     if options.show:
         print((settings.RECIPES / f"{options.recipe}.yaml").read_text(encoding="utf-8"), end="")
         return
-    try:
-        chosen = settings.read_settings(options.recipe, options.config, options.settings)
-        from ..training.run import run as train
+    chosen = settings.read_settings(options.recipe, options.config, options.settings)
+    from ..training.run import run as train
 
-        train(options.recipe, chosen)
-    except ValueError as error:  # TrainingError, CheckpointError, FaceModelError: one sentence
-        raise SystemExit(f"ridfr train {options.recipe}: {error}") from error
+    train(options.recipe, chosen)
 
 
 def _nano(options: argparse.Namespace) -> None:

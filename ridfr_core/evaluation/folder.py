@@ -17,13 +17,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from ..adapter import IdentityAdapter
+from ..color import adain_transfer, wavelet_transfer
 from ..face_model import FaceModel, load_face_model
-from ..faces import align
+from ..faces import Detector, align
 from ..nano import WEIGHTS
 from ..recognition import embed
 from .restorer import KeysValues, Restorer
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+COLOR_FIX = {"wavelet": wavelet_transfer, "adain": adain_transfer}
 
 
 class EvaluationError(ValueError):
@@ -47,12 +49,12 @@ class Task:
         return out / "restored" / self.person / f"{self.name}.png"
 
 
-def find_tasks(data: Path, references: int) -> tuple[list[Task], dict[Path, str]]:
-    """All that is to be restored, each LQ face with the first `references` photos that can be read (0: blindly), and
+def find_tasks(data: Path, references: int, detector: Detector) -> tuple[list[Task], dict[Path, str]]:
+    """All that is to be restored, each LQ face with the first `references` photos that show a face (0: blindly), and
     why other files cannot be used. Raises EvaluationError if nothing is left."""
     tasks, unusable = [], {}
     for folder in sorted(path for path in data.glob("*") if path.is_dir()):
-        photos = readable(folder / "ref", unusable)[:references] if references else [None]
+        photos = with_face(folder / "ref", references, detector, unusable) if references else [None]
         truths = {path.stem: path for path in readable(folder / "gt", unusable)}
         tasks += [Task(folder.name, lq, truths.get(lq.stem), photo)
                   for lq in readable(folder / "lq", unusable) for photo in photos]
@@ -60,6 +62,21 @@ def find_tasks(data: Path, references: int) -> tuple[list[Task], dict[Path, str]
         raise EvaluationError(f"'{data}' has nothing to restore: it needs PERSON/lq/NAME.png"
                               + (" and PERSON/ref/*.png." if references else "."))
     return tasks, unusable
+
+
+def with_face(folder: Path, count: int, detector: Detector, unusable: dict[Path, str]) -> list[Path]:
+    """The first `count` images of a folder in which a face is found; why others are not used goes to `unusable`."""
+    photos = []
+    for path in readable(folder, unusable):
+        if len(photos) == count:
+            break
+        if detector.detect(read_image(path)):
+            photos.append(path)
+        else:
+            unusable[path] = "no face was found in it"
+    if not photos:
+        unusable[folder] = "there is no reference, so the person is left out"
+    return photos
 
 
 def readable(folder: Path, unusable: dict[Path, str]) -> list[Path]:
@@ -100,7 +117,8 @@ def face_model_of(pack: str) -> FaceModel:
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """What restores: the networks on `device`, and the guidance on the identity. size: of the faces, in pixels."""
+    """What restores: the networks on `device`, and the guidance on the identity. size: of the faces, in pixels.
+    color_fix: a key of COLOR_FIX, or None."""
 
     restorer: Restorer
     adapter: IdentityAdapter
@@ -111,6 +129,7 @@ class Pipeline:
     device: torch.device
     guidance: float = 1.0
     steps: int = 20
+    color_fix: str | None = None
 
     def restore(self, tasks: list[Task]) -> Tensor:
         """[B,3,size,size]; every result of an LQ face begins with the same noise."""
@@ -120,18 +139,17 @@ class Pipeline:
             embeddings, clip = map(torch.cat, zip(*(self.features(task.reference) for task in tasks)))
             identity = self._keys_values(embeddings, clip)
             nobody = [(k.expand(len(tasks), -1, -1), v.expand(len(tasks), -1, -1)) for k, v in self.nobody]
-        return self.restorer.restore(lq, identity, nobody, self.guidance, self.steps)
+        restored = self.restorer.restore(lq, identity, nobody, self.guidance, self.steps)
+        return COLOR_FIX[self.color_fix](restored, lq).clamp(0, 1) if self.color_fix else restored
 
     @lru_cache(maxsize=256)  # noqa: B019  one pipeline lives as long as the command
     def features(self, photo: Path) -> tuple[Tensor, Tensor]:
-        """Embedding [1,512] and CLIP features [1,T,D]. Raises EvaluationError if there is no face."""
+        """Embedding [1,512] and CLIP features [1,T,D] of the face in a photo, which has one (see `find_tasks`)."""
         from ..training import clip_vision
 
         image = read_image(photo)
-        faces = self.face_model.detector.detect(image)
-        if not faces:
-            raise EvaluationError(f"No face was found in the reference {photo}: take it out, or use a better photo.")
-        images, landmarks = image[None].to(self.device), faces[0].landmarks[None].to(self.device)
+        face = self.face_model.detector.detect(image)[0]
+        images, landmarks = image[None].to(self.device), face.landmarks[None].to(self.device)
         with torch.no_grad():
             return (embed(self.face_model.recogniser, align(images, landmarks)),
                     clip_vision.features(self.tower, images, landmarks))
@@ -149,7 +167,7 @@ class Pipeline:
 
 
 def load_pipeline(base: str, content: str, adapter: str, clip_vision: str, face_model: FaceModel, plus_v1: bool,
-                  guidance: float, steps: int, device: torch.device) -> Pipeline:
+                  guidance: float, steps: int, color_fix: str | None, device: torch.device) -> Pipeline:
     """From files, folders or "nano"; all in fp32. plus_v1: the adapter is FaceID Plus, not PlusV2."""
     from ..training.base import load_base
     from ..training.clip_vision import load_tower
@@ -171,7 +189,7 @@ def load_pipeline(base: str, content: str, adapter: str, clip_vision: str, face_
     face_model.recogniser.to(device)
     size = 128 if loaded.name == "nano" else 512
     return Pipeline(restorer, projection.to(device).eval(), not plus_v1, load_tower(clip_vision).to(device), face_model,
-                    size, device, guidance, steps)
+                    size, device, guidance, steps, color_fix)
 
 
 def restore_all(pipeline: Pipeline, tasks: list[Task], out: Path, batch: int) -> None:

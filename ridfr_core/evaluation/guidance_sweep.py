@@ -1,6 +1,5 @@
 """What ID-preserving sampling does at nano scale: step size x iterations x range x decode mode, on held-out people."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 
 from ..faces import align
 from ..guidance import DECODE_MODES, Ascent, FaceSimilarity, GuidedFace, guide, guided_face
-from ..metrics import Interval, bootstrap, psnr, similarity
+from ..metrics import psnr, similarity
 from ..nano.config import LATENT_SCALE
 from ..recognition import embed
 from ..training import clip_vision
-from .held_out import BATCH, HeldOut, Method
-from .nano_report import markdown
+from .held_out import BATCH, HeldOut, Method, kept
+from .measure import markdown
+from .nano_report import difference
 from .restorer import Restorer
 from .shipped import nano_adapter, nano_restorer, nano_tower
 
@@ -77,7 +77,7 @@ class Sweep:
     def __init__(self, work: Path, people: int, seeds: int, steps: int = 20):
         self.bench, self.seeds, self.cache = HeldOut(work, people, 1, steps), range(seeds), work / "guidance"
         self.method = Method(nano_restorer(), nano_adapter(), nano_tower())
-        self.key = self.method.fingerprint()
+        self.key = self.bench.key(self.method)
         bench, rows = self.bench, self.bench.references[:, 0]
         photos, landmarks = bench.portraits.batch(rows), bench.portraits.landmarks[rows]
         with torch.no_grad():
@@ -96,23 +96,15 @@ class Sweep:
         return {name: torch.stack([part[name] for part in parts]).mean(0) for name in MEASURES}
 
     def _measure(self, cell: Cell, seed: int) -> dict[str, Tensor]:
-        bench = self.bench
-        said = json.dumps([self.key, asdict(cell), seed, bench.people, bench.steps])
-        path = self.cache / f"{hashlib.sha256(said.encode()).hexdigest()[:16]}.npz"
-        if not path.exists():
-            images = self._restore(cell, seed)
+        def compute() -> dict[str, Tensor]:
+            bench, images = self.bench, self._restore(cell, seed)
             with torch.no_grad():
                 seen = {"judge": bench.judged(images, bench.landmarks),
                         "guiding": embed(bench.recogniser, align(images, bench.landmarks))}
             measured = {name: similarity(seen[name], self.truth[name]) for name in seen}
-            measured["psnr"] = psnr(images, bench.truth)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
-                np.savez(file, **{name: value.numpy() for name, value in measured.items()})
-            partial.replace(path)
-        stored = np.load(path)
-        return {name: torch.from_numpy(stored[name]) for name in MEASURES}
+            return measured | {"psnr": psnr(images, bench.truth)}
+
+        return kept(self.cache, (self.key, asdict(cell), seed), compute)
 
     def _restore(self, cell: Cell, seed: int) -> Tensor:
         """Restored faces [P,3,S,S]; a person's start noise is the same in every cell."""
@@ -155,15 +147,9 @@ def row(cell: Cell, measured: dict[str, Tensor], plain: dict[str, Tensor]) -> li
     values = [f"{measured[m].mean():.3f}" for m in ("judge", "guiding")] + [f"{measured['psnr'].mean():.2f}"]
     if cell.step == 0:
         return [*name, *values, "", "", "", ""]
-    rise = {m: gain(measured[m], plain[m]) for m in MEASURES}
-    gap = bootstrap(measured["guiding"] - plain["guiding"], measured["judge"] - plain["judge"],
-                    statistic=lambda a, b: a - b)
+    rise = {m: difference(measured[m], plain[m]) for m in MEASURES}
+    gap = difference(measured["guiding"] - plain["guiding"], measured["judge"] - plain["judge"])
     return [*name, *values, *(str(rise[m]) for m in MEASURES), str(gap)]
-
-
-def gain(measured: Tensor, plain: Tensor) -> Interval:
-    """The mean difference, paired by people."""
-    return bootstrap(measured, plain, statistic=lambda a, b: a - b)
 
 
 HEAD = ["arm", "step size", "iterations", "range", "decode", "judge", "guiding", "PSNR", "judge, gain [95 %]",

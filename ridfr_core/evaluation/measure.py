@@ -4,6 +4,7 @@ import csv
 import shutil
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,10 +137,13 @@ def summary(results: dict[str, dict[str, float]], notes: list[str]) -> str:
     """Markdown: a line per method, the columns that anything was measured in, and notes below."""
     columns = [column for column in COLUMNS if any(column in means for means in results.values())]
     head = ["method", *(f"{column} {COLUMNS[column]}" for column in columns)]
-    lines = [head, ["---"] * len(head)]
-    lines += [[name, *(f"{means[c]:.4g}" if c in means else "–" for c in columns)] for name, means in results.items()]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([table, *notes]) + "\n"
+    rows = [[name, *(f"{means[c]:.4g}" if c in means else "–" for c in columns)] for name, means in results.items()]
+    return "\n\n".join([markdown(head, rows), *notes]) + "\n"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def draw_sheet(tasks: list[Task], rows: list[Row], out: Path, title: str) -> None:

@@ -12,12 +12,14 @@ from ..nano import WEIGHTS
 from ..training.nano_arms import LAMBDAS, Arms
 from ..training.nano_diffusion import latents_of
 from .held_out import HeldOut, Measured, Method
+from .measure import markdown
 from .shipped import nano_adapter, nano_restorer, nano_tower, restorer
 
 REPORT = WEIGHTS.parent / "REPORT.md"
 PLOT = "lambda.png"
 CAUSES = "## What did not come out, and why"
 ARMS = ("baseline", "naive", "aligned")
+TRAINED = {"3", "4", "lambda"}  # the tables of arms that are trained for them
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,6 @@ class Section:
 
 def yes(value: bool) -> str:
     return "yes" if value else "**no**"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def mean(values: Tensor) -> str:
@@ -192,12 +190,18 @@ class NanoReport:
     def write(self, names: Sequence[str], command: str) -> None:
         """Make the sections and write them; what a person wrote under the heading CAUSES stays."""
         sections = [self.sections[name]() for name in names]
-        bench = self.held_out
-        guidances = " and ".join(f"{guidance:g}" for guidance in self.guidances)
         verdict = markdown(["what the paper says", "paper", "nano [95 %]", "sign", "target"],
                            [claim.row() for section in sections for claim in section.claims])
-        parts = [
-            "# RIDFR's tables at nano scale",
+        parts = ["# RIDFR's tables at nano scale", *self.introduction(names, command), verdict,
+                 *(f"## {section.title}\n\n{section.text}" for section in sections)]
+        if self.path.exists() and CAUSES in (before := self.path.read_text(encoding="utf-8")):
+            parts.append(CAUSES + before.split(CAUSES, 1)[1].rstrip())
+        self.path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+    def introduction(self, names: Sequence[str], command: str) -> list[str]:
+        """How the figures were made, in paragraphs; what is true of trained arms only where there are any."""
+        bench, guidances = self.held_out, " and ".join(f"{guidance:g}" for guidance in self.guidances)
+        paragraphs = [
             f"Made by `{command}`. {bench.people} people that no network has seen, {bench.references.shape[1]} "
             f"references each; UniPC, {bench.steps} steps (the paper: 20), in bfloat16; guidance on the identity "
             f"{guidances}. Every number in brackets is a 95 % bootstrap interval over people; differences and ratios "
@@ -207,17 +211,13 @@ class NanoReport:
             "references, mean over people: 1/(R-1) Σ|e - mean(e)|². All results for a person begin with the same "
             "noise, so the references alone make the difference. Faces are aligned by the landmarks they were drawn "
             "with.",
-            f"Tables 1 and 2 are of the shipped weights. The arms of the others share the base and the adapter; "
+            "Tables 1 and 2 are of the shipped weights. The arms of the others share the base and the adapter; "
             f"{self.arms.content_steps} steps of the content stage (the bundle: the same code), then "
             f"{self.arms.align_steps} of finetuning; {len(self.seeds)} seeds in Tables 3 and 4, one for λ. "
             f"Training them took {self.arms.minutes():.0f} minutes in all. LPIPS and the quality metrics need weights "
             "that the bundle has not, and judge photographs, so Table 3 is by PSNR, SSIM and IDS-HQ.",
-            verdict,
-            *(f"## {section.title}\n\n{section.text}" for section in sections),
         ]
-        if self.path.exists() and CAUSES in (before := self.path.read_text(encoding="utf-8")):
-            parts.append(CAUSES + before.split(CAUSES, 1)[1].rstrip())
-        self.path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        return paragraphs if TRAINED & set(names) else paragraphs[:1]
 
 
 def alignment_claims(variance: dict[str, Tensor], alike: dict[str, Tensor], where: str) -> list[Claim]:

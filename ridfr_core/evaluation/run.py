@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from .folder import face_model_of, find_tasks, load_pipeline, restore_all
-from .measure import Judge, averages, check_judge, draw_sheet, summary, write_csv
+from .folder import EvaluationError, Task, face_model_of, find_tasks, load_pipeline, restore_all
+from .measure import Judge, Row, averages, check_judge, draw_sheet, summary, write_csv
 
 
 def evaluate_folder(data: Path, out: Path, references: int, face_model: str, judge: str, batch: int,
@@ -15,15 +15,17 @@ def evaluate_folder(data: Path, out: Path, references: int, face_model: str, jud
         face_model, judge: see `face_model_of`; the one that conditions, and another.
         pipeline: arguments of `load_pipeline`, or None if the restored faces lie in `out` already.
     Returns the summary (empty in all processes but the first). Raises EvaluationError: nothing to restore, a judge
-    that is not independent, no face in a reference.
+    that is not independent, restored faces that should be there and are not.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     state = PartialState()
-    tasks, unusable = find_tasks(data, references)
     conditions, judges = face_model_of(face_model), face_model_of(judge)
     check_judge(judges, conditions)
+    tasks, unusable = find_tasks(data, references, conditions.detector)
+    if pipeline is None:
+        check_restored(tasks, out)
     with state.split_between_processes(tasks) as mine:
         if pipeline is not None:
             loaded = load_pipeline(**pipeline | {"face_model": conditions}, device=state.device)
@@ -35,21 +37,37 @@ def evaluate_folder(data: Path, out: Path, references: int, face_model: str, jud
     rows, degraded = gather_object(rows), gather_object(degraded)
     if not state.is_main_process:
         return ""
+    left_out = [f"Left out: {path.relative_to(data)}: {reason}." for path, reason in unusable.items()]
+    return write(measured, tasks, rows, degraded, out, data.name, left_out)
+
+
+def check_restored(tasks: list[Task], out: Path) -> None:
+    if missing := [path for task in tasks if not (path := task.restored(out)).is_file()]:
+        raise EvaluationError(f"{len(missing)} of {len(tasks)} restored faces are not there, the first of them "
+                              f"'{missing[0]}': restore them, or leave out --measure-only.")
+
+
+def write(measured: Judge, tasks: list[Task], rows: list[Row], degraded: list[Row], out: Path, name: str,
+          left_out: list[str]) -> str:
+    """Write images.csv, summary.md and sheet.png; returns the summary.
+
+    rows: of the restored faces, in the order of the tasks. degraded: of the LQ faces that have a truth.
+    """
     degraded = list({(row.person, row.image): row for row in degraded}.values())
     results = {"degraded": averages(degraded)} if degraded else {}
-    method = "restored" if references else "restored blindly"
+    method = "restored" if tasks[0].reference else "restored blindly"
     results[method] = averages(rows)
     with_truth = [task for task in tasks if task.truth]
     if "FID" in measured.metrics and with_truth:
         results[method]["FID"] = measured.fid([t.restored(out) for t in with_truth], [t.truth for t in with_truth])
-    draw_sheet(tasks, rows, out, f"{data.name}: {len(rows)} restorations")
+    draw_sheet(tasks, rows, out, f"{name}: {len(rows)} restorations")
     write_csv(rows, out / "images.csv")
+    judge = measured.face_model
     notes = [f"{len(rows)} restorations of {len({(r.person, r.image) for r in rows})} faces of "
-             f"{len({r.person for r in rows})} people; judge: {judges.name} ({judges.digest[:8]})."]
+             f"{len({r.person for r in rows})} people; judge: {judge.name} ({judge.digest[:8]})."]
     if lost := sum(row.embedding is None for row in rows):
         notes.append(f"The judge found no face in {lost} of {len(rows)} restorations; they count in the other columns.")
     notes += [f"{', '.join(names)}: absent, {reason}." for reason, names in measured.absent.items()]
-    notes += [f"Left out: {path.relative_to(data)}: {reason}." for path, reason in unusable.items()]
-    text = summary(results, notes)
+    text = summary(results, [*notes, *left_out])
     (out / "summary.md").write_text(text, encoding="utf-8")
     return text

@@ -70,12 +70,12 @@ def _from_folder(folder: Path) -> Base:
     def load(kind, name):
         return kind.from_pretrained(folder / name, variant="fp16" if half else None, local_files_only=True).float()
 
-    unet, vae = load(UNet2DConditionModel, "unet"), load(AutoencoderKL, "vae")
-    prompt = _empty_prompt(load(CLIPTextModel, "text_encoder"))
-    schedule = DDPMScheduler.from_pretrained(folder / "scheduler", clip_sample=False, local_files_only=True)
-    heads = unet.config.attention_head_dim  # diffusers calls the number of heads so for SD1.5
-    if unet.config.in_channels != 4 or unet.config.addition_embed_type or heads not in HEADS:
+    unet = load(UNet2DConditionModel, "unet")
+    heads = unet.config.attention_head_dim  # diffusers calls the number of heads so for SD1.5; SD2 has a list of them
+    if unet.config.in_channels != 4 or unet.config.addition_embed_type or heads not in tuple(HEADS):
         raise CheckpointError(f"'{folder}' is not SD1.5: use a text-to-image checkpoint of SD1.5.")
+    vae, prompt = load(AutoencoderKL, "vae"), _empty_prompt(load(CLIPTextModel, "text_encoder"))
+    schedule = DDPMScheduler.from_pretrained(folder / "scheduler", clip_sample=False, local_files_only=True)
     return Base(unet, vae, prompt, schedule, HEADS[heads])
 
 

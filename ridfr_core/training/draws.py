@@ -4,6 +4,7 @@ Draw n of a run depends on the seed and n alone. So a run that goes on after an 
 processes, sees the same draws, and no state of a random number generator has to be kept.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from ..degradation import DegradationRange, degrade
 from .photos import Photos
 from .references import References
+from .settings import TrainingError
 
 TIMES = 1000  # of the noise schedule
 
@@ -34,9 +36,9 @@ class Draws(Dataset):
 
         embedding: [K,512] and clip: [K,T,D], of K references.
         """
-        generator = self.generator(n)
-        row, size = self.row(n), self.photos.resolution // 8
-        draw = {"hq": self.photos.image(row), "noise": torch.randn(4, size, size, generator=generator),
+        generator, size = self.generator(n), self.photos.resolution // 8
+        row, hq = self._photo(n)
+        draw = {"hq": hq, "noise": torch.randn(4, size, size, generator=generator),
                 "posterior": torch.randn(4, size, size, generator=generator),
                 "t": torch.randint(TIMES, (), generator=generator)}
         if self.degradation is not None:
@@ -45,6 +47,16 @@ class Draws(Dataset):
         if self.references is not None:
             draw |= self.references.draw(row, generator)
         return draw
+
+    def _photo(self, n: int) -> tuple[int, Tensor]:
+        """The row of draw n and its photo; where that has gone bad in mid-run, the next draw's."""
+        for other in range(n, n + len(self.rows)):
+            row = self.row(other)
+            try:
+                return row, self.photos.image(row)
+            except TrainingError as error:
+                warnings.warn(f"{error} The next photo takes its place.", stacklevel=1)
+        raise TrainingError(f"The photos in '{self.photos.folder}' can no longer be read: is the folder still there?")
 
     def row(self, n: int) -> int:
         epoch, place = divmod(n, len(self.rows))

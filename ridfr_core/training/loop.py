@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import TORCH, write_whole
+from .settings import TrainingError
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,6 @@ class Run:
                 group["lr"] = self.recipe.rate(self.step)
             value = loss(self.step, self.recipe.generator(self.step))
             value, extra = value if isinstance(value, tuple) else (value, {})
-            if not torch.isfinite(value):
-                raise RuntimeError(f"{self.name}: the loss is {value.item()} at step {self.step}; "
-                                   f"the last good checkpoint is {self.path}.")
             self._descend(value)
             self.step += 1
             running, count = running + value.item(), count + 1
@@ -90,7 +88,12 @@ class Run:
     def _descend(self, value: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
-        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        if not (value.isfinite() and norm.isfinite()):
+            last = self.path if self.path.exists() else "none"
+            raise TrainingError(f"{self.name}: the loss is {value.item()} and the gradient {norm.item()} at step "
+                                f"{self.step}, with the learning rate {self.recipe.rate(self.step):g}; the last good "
+                                f"checkpoint is {last}: go on from it with a lower lr in the recipe.")
         self.optimizer.step()
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         names = list(self.parameters)

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..degradation import DegradationRange
-from ..face_model import FaceModel, load_face_model
-from ..nano import WEIGHTS
+from ..evaluation.folder import face_model_of
+from ..face_model import FaceModel
 from .clip_vision import features_of_nobody
 from .draws import Draws
 from .photos import Photos, find_photos, some, split_people
@@ -37,16 +37,37 @@ def cache_of(settings: Settings) -> Path:
     return Path(settings.cache) if settings.cache else Path(settings.out).parent / "cache"
 
 
-def gather(settings: Settings, tower: nn.Module | None, device, say: Say, progress: Callable) -> Material:
-    """Find the photos, compute what is not in the cache, and keep some for validation.
+def usable_photos(settings: Settings, say: Say) -> Photos:
+    """All photos that can be read and, where the stage must know who is who, lie in a person's folder.
 
-    tower: CLIP vision, for the stages with references. say: prints what the user should know. progress: as tqdm.
-    Raises TrainingError: see `photos` and `references`.
+    say: prints what the user should know. Raises TrainingError: see `photos`; there are no people, or too few.
     """
     photos, skipped = find_photos(Path(settings.data), settings.resolution, cache_of(settings))
     if skipped:
         reasons = some(f"{name} ({reason})" for name, reason in skipped.items())
         say(f"{len(skipped)} of {len(skipped) + len(photos)} photos are left out: {reasons}.")
+    if isinstance(settings, AlignSettings):
+        photos = _of_people(photos, say)
+        split_people(photos.people, settings.validation_people, settings.seed)  # refuses before hours of features
+    return photos
+
+
+def _of_people(photos: Photos, say: Say) -> Photos:
+    rows = [row for row, name in enumerate(photos.names) if "/" in name]
+    if not rows:
+        raise TrainingError(f"The photos lie in '{photos.folder}' itself, but this stage must know who is who: put "
+                            "each person's photos into a folder of their own.")
+    if loose := [name for name in photos.names if "/" not in name]:
+        say(f"{len(loose)} photos are left out, for they lie in no person's folder: {some(loose)}.")
+    return photos.only(rows)
+
+
+def gather(settings: Settings, photos: Photos, tower: nn.Module | None, device, say: Say,
+           progress: Callable) -> Material:
+    """Compute what is not in the cache, and keep some photos for validation.
+
+    tower: CLIP vision, for the stages with references. progress: as tqdm. Raises TrainingError: see `references`.
+    """
     if isinstance(settings, IdentitySettings):
         return _with_references(settings, photos, tower, device, say, progress)
     return _split_photos(settings, photos, None)
@@ -73,8 +94,7 @@ def _with_references(
     settings: IdentitySettings, photos: Photos, tower: nn.Module, device, say: Say, progress: Callable
 ) -> Material:
     cache = cache_of(settings)
-    nano = WEIGHTS / "insightface" / "models" / "nano"
-    face_model = load_face_model(nano if settings.face_model == "nano" else settings.face_model)
+    face_model = face_model_of(settings.face_model)
     seen, landmarks = find_faces(photos, face_model, cache, progress)
     if len(seen) < len(photos):
         faceless = some(sorted(set(photos.names) - set(seen.names)))
@@ -94,12 +114,9 @@ def _with_references(
 
 
 def _check_people(photos: Photos, embeddings: Tensor, say: Say) -> None:
-    if set(photos.people) == {""}:
-        raise TrainingError(f"The photos lie in '{photos.folder}' itself, but this stage must know who is who: put "
-                            "each person's photos into a folder of their own.")
     if doubtful := strangers(photos, embeddings):
         named = some(f"{name} ({value:.2f})" for name, value in doubtful)
-        say(f"Warning: {len(doubtful)} photos look like another person than the rest of their folder (mean cosine "
-            f"similarity): {named}.")
+        say(f"Warning: {len(doubtful)} photos look like another person than the rest of their folder (median "
+            f"cosine similarity): {named}.")
     if single := [person for person, rows in photos.people.items() if len(rows) == 1]:
         say(f"{len(single)} people have one photo only ({some(single)}): it is both references, at different sizes.")

@@ -7,7 +7,6 @@ into `ridfr_core/nano/weights/`. A newer network makes those trained on it stale
 
 import copy
 import json
-import os
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from ..nano.config import HEADS, PREDICTION
 from ..recognition import load_iresnet
 from . import nano_diffusion, nano_figures, nano_vae, nano_vision
 from .detector import train_detector
+from .files import write_whole
 from .nano_shipped import adopt
 from .portrait_data import portrait_set
 from .recogniser import train_recogniser
@@ -105,17 +105,14 @@ STAGES = {
     "content": lambda nano: nano.export_content(nano.content),
     "adapter": lambda nano: nano.export_adapter(),
     "align": lambda nano: nano.export_content(nano.aligned),
-    "figures": lambda nano: nano_figures.write(nano, nano.work),
+    "figures": lambda nano: nano_figures.write(nano),
 }
 
 
 def save(name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Half-precision safetensors in the bundle, whole or not at all."""
-    path = WEIGHTS / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({k: v.detach().half().contiguous() for k, v in tensors.items()}, partial, metadata)
-    os.replace(partial, path)
+    tensors = {key: tensor.detach().half().contiguous() for key, tensor in tensors.items()}
+    write_whole(WEIGHTS / name, lambda partial: save_file(tensors, partial, metadata))
 
 
 def train(stages: list[str], work: Path, threads: int, from_shipped: bool = False) -> None:

@@ -38,11 +38,13 @@ class Arms:
     def __init__(self, nano, content_steps: int = CONTENT.steps, align_steps: int = ALIGN.steps):
         self.nano = nano
         self.content_steps, self.align_steps = content_steps, align_steps
+        self.logs: set[Path] = set()
 
     def content(self, seed: int, latent: bool = False) -> nn.Module:
         """The content stage, Eq. 2; also the baseline of Table 4."""
         recipe, nano = of_length(CONTENT, self.content_steps, seed), self.nano
         material = (LatentMaterial if latent else Material)(nano.portraits, nano.vae, None, None)
+        self.logs.add(self._folder(seed, latent) / "content.jsonl")
         return nano_diffusion.train_content(self._folder(seed, latent), material, nano.unet, recipe)
 
     def finetuned(self, seed: int, strength: float) -> nn.Module:
@@ -50,6 +52,7 @@ class Arms:
         recipe, nano = of_length(ALIGN, self.align_steps, seed), self.nano
         folder = self._folder(seed) if recipe == ALIGN else self._folder(seed) / f"{recipe.steps}-steps"
         content = copy.deepcopy(self.content(seed))
+        self.logs.add(folder / f"aligned-{strength:g}.jsonl")
         return nano_diffusion.train_aligned(folder, nano.material, nano.unet, nano.adapter, content, recipe, strength)
 
     def _folder(self, seed: int, latent: bool = False) -> Path:
@@ -58,8 +61,8 @@ class Arms:
         return self.nano.work / "arms" / f"{'latent' if latent else 'pixel'}-{seed}-{self.content_steps}-steps"
 
     def minutes(self) -> float:
-        """How long the arms of WORK/arms have been trained so far, all together."""
-        logs = (self.nano.work / "arms").rglob("*.jsonl")
+        """How long the arms that were asked for have been trained, all together; shipped ones have no log."""
+        logs = [log for log in self.logs if log.exists()]
         return sum(json.loads(log.read_text().splitlines()[-1])["seconds"] for log in logs) / 60
 
 

@@ -13,7 +13,7 @@ from ..adapter import IdentityAdapter
 from ..content import ContentSpec, prepare_lq
 from ..degradation import DegradationRange, degrade
 from ..faces import align
-from ..nano.config import ADAPTER, CLIP_VISION, CONTEXT, LATENT_SCALE, PORTRAIT, PREDICTION, SCHEDULE, UNET
+from ..nano.config import ADAPTER, CONTEXT, LATENT_SCALE, PORTRAIT, PREDICTION, SCHEDULE, UNET
 from ..nano.portraits import CAPTION
 from ..recognition import embed
 from . import clip_vision, losses, networks
@@ -115,10 +115,8 @@ class Material:
 
     @cached_property
     def clip_zero(self) -> Tensor:
-        """CLIP features [65,128] of nobody: the zero image after normalisation, as diffusers and IP-Adapter have it."""
-        size = CLIP_VISION["image_size"]
-        with torch.no_grad():
-            return clip_vision.hidden_states(self.vision, torch.zeros(1, 3, size, size))[0]
+        """CLIP features [65,128] of nobody, as diffusers and IP-Adapter have it."""
+        return clip_vision.features_of_nobody(self.vision)
 
     def rows(self, recipe: Recipe, generator: torch.Generator) -> Tensor:
         return torch.randint(len(self.portraits), (recipe.batch,), generator=generator)

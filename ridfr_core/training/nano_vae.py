@@ -114,14 +114,3 @@ def standardise(vae: nn.Module, portraits: PortraitSet, count: int = 500) -> Non
     into.bias[channels:] += 2 * gain.log()  # the log variance
     back.bias += back.weight.squeeze(-1).squeeze(-1) @ mean  # before the weight changes: z = z'/gain + mean
     back.weight /= gain
-
-
-def psnr(vae: nn.Module, portraits: PortraitSet) -> float:
-    """Mean peak signal-to-noise ratio of reconstructions, in dB."""
-    values = []
-    with torch.no_grad():
-        for rows in torch.arange(len(portraits)).split(50):
-            images = portraits.batch(rows)
-            decoded = vae.decode(vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
-            values.append(-10 * (decoded.clamp(0, 1) - images).square().mean((1, 2, 3)).log10())
-    return torch.cat(values).mean().item()

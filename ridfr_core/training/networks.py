@@ -1,10 +1,15 @@
 """RIDFR's networks as diffusers has them: content ControlNet, decoupled cross-attention, identity adapter, LoRA."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
 from ..adapter import IdentityAdapter, decoupled_attention
+from ..checkpoints import CheckpointError
 from ..layouts import unet_to_ldm
+
+PUBLISHED_LORA = re.compile(r"unet\.(.+)\.processor\.to_(q|k|v|out)_lora\.down\.weight")
 
 
 class NoHint(nn.Module):
@@ -93,15 +98,25 @@ def build_adapter(unet: nn.Module, **sizes) -> IdentityAdapter:
 
 @torch.no_grad()
 def merge_lora(unet: nn.Module, lora: dict[str, Tensor], strength: float) -> None:
-    """Add `strength` times the LoRA of a FaceID checkpoint (see `adapter.lora_of`) to the weights of the UNet."""
+    """Add `strength` times a LoRA to the weights of the UNet.
+
+    lora: under the names of `adapter.lora_of`, or of the files NAME_lora.safetensors published beside FaceID.
+    Raises CheckpointError: other names, or layers that the UNet has not.
+    """
     weights = {f"diffusion_model.{name}": key for name, key in unet_to_ldm({k: k for k in unet.state_dict()}).items()}
     parameters = dict(unet.named_parameters())
     for name, down in lora.items():
-        if name.endswith(".lora_down.weight"):
-            layer = name.removesuffix(".lora_down.weight")
-            up = lora[f"{layer}.lora_up.weight"]
-            parameter = parameters[weights[f"{layer}.weight"]]
-            parameter += strength * (up.float() @ down.float()).to(parameter)
+        if name.endswith("up.weight"):
+            continue
+        if match := PUBLISHED_LORA.fullmatch(name):
+            key = f"{match[1]}.{'to_out.0' if match[2] == 'out' else f'to_{match[2]}'}.weight"
+        else:
+            key = weights.get(name.replace(".lora_down.weight", ".weight"))
+        if key not in parameters:
+            raise CheckpointError(f"The adapter's LoRA has '{name}', which the base has not: use the adapter and the "
+                                  "LoRA that were made for it.")
+        up = lora[name.removesuffix("down.weight") + "up.weight"]
+        parameters[key] += strength * (up.float() @ down.float()).to(parameters[key])
 
 
 def from_ldm(module: nn.Module, rename, tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:

@@ -34,8 +34,14 @@ class Photos:
         return len(self.names)
 
     def image(self, row: int) -> Tensor:
-        """[3,R,R] in [0,1]: the photo's central square, scaled to the resolution."""
-        return load_photo(self.folder / self.names[row], self.resolution)
+        """[3,R,R] in [0,1]: the photo's central square, scaled to the resolution.
+
+        Raises TrainingError if the file has gone bad since it was looked at.
+        """
+        try:
+            return load_photo(self.folder / self.names[row], self.resolution)
+        except TrainingError as error:
+            raise TrainingError(f"'{self.names[row]}' can no longer be used: {error}.") from error
 
     @cached_property
     def digest(self) -> str:
@@ -45,10 +51,10 @@ class Photos:
 
     @cached_property
     def people(self) -> dict[str, list[int]]:
-        """Rows by person: each folder inside the data folder is one."""
+        """Rows by person, of photos that all lie in folders: each folder inside the data folder is one."""
         people: dict[str, list[int]] = {}
         for row, name in enumerate(self.names):
-            people.setdefault(name.partition("/")[0] if "/" in name else "", []).append(row)
+            people.setdefault(name.partition("/")[0], []).append(row)
         return people
 
     def only(self, rows: Iterable[int]) -> "Photos":

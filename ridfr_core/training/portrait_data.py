@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from ..evaluation.folder import to_pil
 from ..nano.config import PORTRAIT
 from ..nano.portraits import SPLITS, captions, render
 from .files import write_whole
@@ -103,12 +103,11 @@ def _save(path: Path, array: np.ndarray) -> None:
     write_whole(path, write)
 
 
-def export_portraits(folder: Path, people: int, views: int, split: str = "train", size: int = PORTRAIT) -> None:
+def export_portraits(folder: Path, people: int, views: int, size: int = PORTRAIT) -> None:
     """Drawn portraits as PNG files folder/PERSON/VIEW.png, as a data set of photos would lie."""
     for person in range(people):
-        seeds = torch.full((views,), SPLITS[split].start + person), torch.arange(views)
-        pixels = (render(*seeds, size=size).image * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        seeds = torch.full((views,), SPLITS["train"].start + person), torch.arange(views)
         place = folder / f"{person:04d}"
         place.mkdir(parents=True, exist_ok=True)
-        for view, one in enumerate(pixels):
-            Image.fromarray(one).save(place / f"{view}.png")
+        for view, image in enumerate(render(*seeds, size=size).image):
+            to_pil(image).save(place / f"{view}.png")

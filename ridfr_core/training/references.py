@@ -28,7 +28,7 @@ def find_faces(photos: Photos, face_model: FaceModel, cache: Path, progress: Cal
 
     progress: as tqdm. Computed once, see `Features`. Raises TrainingError if there is no face anywhere.
     """
-    path = cache / f"faces-{_digest(photos.digest, face_model.digest)}.npy"
+    path = cache / f"faces-{_digest(photos.digest, face_model.detector.digest)}.npy"
     if not path.exists():
         rows = progress(range(len(photos)), desc="finding faces")
         _store(path, (_largest_face(photos.image(row), face_model) for row in rows), len(photos))
@@ -46,7 +46,8 @@ def _largest_face(image: Tensor, face_model: FaceModel) -> Tensor:
 
 @dataclass(frozen=True)
 class Features:
-    """What recogniser and CLIP say of photos; they are kept in files whose names hold the hash of all three.
+    """What recogniser and CLIP say of photos; they are kept in files whose names hold the hash of all three, and of
+    the detector.
 
     sizes: in pixels, that the photos were down-sampled to before they were looked at.
     """
@@ -82,9 +83,8 @@ def compute_features(
 
     CLIP's are stored in half precision: 0.66 MB for each photo and size with ViT-H/14.
     """
-    if max(sizes) > photos.resolution:
-        raise TrainingError(f"reference_sizes has {max(sizes)}, but the resolution is {photos.resolution}.")
-    features = Features(cache, _digest(photos.digest, face_model.digest, fingerprint(tower)), sizes)
+    seen_by = face_model.detector.digest, face_model.digest, fingerprint(tower)
+    features = Features(cache, _digest(photos.digest, *seen_by), sizes)
     recogniser, tower = face_model.recogniser.to(device), tower.to(device)
 
     def read(size: int, embeddings: list[Tensor]):
@@ -170,11 +170,12 @@ def other_photos(people: dict[str, list[int]]) -> dict[int, list[int]]:
 
 
 def strangers(photos: Photos, embeddings: Tensor) -> list[tuple[str, float]]:
-    """(photo, mean cosine to the person's other photos) where that is so low that it may show somebody else."""
+    """(photo, median cosine to the person's other photos) where that is so low that it may show somebody else: the
+    fewer of two people in one folder, or both if they have as many photos."""
     found = []
     for rows in photos.people.values():
         if len(rows) > 1:
-            cosines = embeddings[rows] @ embeddings[rows].T
-            mean = (cosines.sum(1) - 1) / (len(rows) - 1)
-            found += [(photos.names[row], value) for row, value in zip(rows, mean.tolist()) if value < STRANGER]
+            cosines = (embeddings[rows] @ embeddings[rows].T).fill_diagonal_(torch.nan)
+            median = cosines.nanquantile(0.5, dim=1)
+            found += [(photos.names[row], value) for row, value in zip(rows, median.tolist()) if value < STRANGER]
     return found

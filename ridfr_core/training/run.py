@@ -1,6 +1,7 @@
 """`ridfr train content | align | naive | adapter`: from settings to a weight file that ComfyUI's nodes open."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,14 +9,14 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from ..adapter import IdentityAdapter, lora_of
+from ..adapter import IdentityAdapter, find_lora
 from ..checkpoints import expect, read
 from ..content import PREFIX, ContentSpec, controlnet_to_ldm, understand
 from ..nano import WEIGHTS
 from .base import Base, load_base
 from .clip_vision import load_tower
 from .files import write_whole
-from .material import Material, gather
+from .material import Material, gather, usable_photos
 from .networks import build_adapter, build_content, from_ldm, let_identity_in, merge_lora
 from .settings import AlignSettings, ContentSettings, IdentitySettings, Settings, TrainingError, as_yaml, changed
 from .stages import AdapterStage, AlignStage, ContentStage, Frozen
@@ -34,15 +35,21 @@ def run(name: str, settings: Settings) -> Path:
     from tqdm import tqdm
 
     accelerator = accelerator_for(settings)
+    _check_sizes(settings, accelerator.num_processes)
+    with accelerator.main_process_first():  # the others find everything in the cache
+        photos = usable_photos(settings, accelerator.print)
+    identity = {"stage": name, "photos": photos.digest, **_digests(settings)}
+    _check_same_run(settings, identity)
     torch.manual_seed(settings.seed)  # of the weights of a new adapter
     tower = load_tower(settings.clip_vision) if isinstance(settings, IdentitySettings) else None
     clip_dim = tower.config.hidden_size if tower is not None else None
     stage = build_stage(settings, load_base(settings.base), clip_dim, accelerator.device)
-    with accelerator.main_process_first():  # the others find everything in the cache
-        material = gather(settings, tower, accelerator.device, accelerator.print,
+    with accelerator.main_process_first():
+        material = gather(settings, photos, tower, accelerator.device, accelerator.print,
                           lambda batches, **kwargs: tqdm(batches, disable=not accelerator.is_main_process, **kwargs))
-        _same_run(name, settings, material)
     del tower  # ViT-H takes 2.5 GB
+    if accelerator.is_main_process:
+        _keep_settings(settings, identity, material.people)
     accelerator.print(f"{len(material.train.rows)} photos to train on, {len(material.validation.rows)} for validation.")
     accelerator.init_trackers("tensorboard")
     validation = Validation(accelerator, stage, stage.frozen, material, settings)
@@ -50,7 +57,7 @@ def run(name: str, settings: Settings) -> Path:
     accelerator.end_training()
     path = Path(settings.out) / f"{'adapter' if isinstance(stage, AdapterStage) else 'content'}.safetensors"
     if accelerator.is_main_process:
-        export(stage, path, _history(name, settings, material))
+        export(stage, path, _history(settings, identity, material))
     accelerator.print(f"The weights are in {path}.")
     return path
 
@@ -104,11 +111,12 @@ def load_content(where: str, base: Base) -> tuple[nn.Module, ContentSpec]:
 
 
 def load_adapter(where: str) -> tuple[IdentityAdapter, dict]:
-    """An identity adapter in fp32, and the LoRA in its file; `where`: a file, or "nano"."""
+    """An identity adapter in fp32, and the LoRA in its file or beside it; `where`: a file, or "nano"."""
     path = WEIGHTS / "identity_adapter.safetensors" if where == "nano" else Path(where)
     state, _ = read(path)
     expect(state, "identity-adapter", path.name)
-    return IdentityAdapter.from_state_dict({k: v.float() for k, v in state.items()}, name=path.name), lora_of(state)
+    adapter = IdentityAdapter.from_state_dict({k: v.float() for k, v in state.items()}, name=path.name)
+    return adapter, find_lora(path, state)
 
 
 def export(stage: nn.Module, path: Path, history: dict[str, str]) -> None:
@@ -125,37 +133,60 @@ def export(stage: nn.Module, path: Path, history: dict[str, str]) -> None:
     write_whole(path, lambda partial: save_file(tensors, partial, metadata))
 
 
-def _history(name: str, settings: Settings, material: Material) -> dict[str, str]:
+def _history(settings: Settings, identity: dict[str, str], material: Material) -> dict[str, str]:
     """Where weights come from: what is needed to make them again."""
-    history = {"stage": name, "data": material.photos.digest, "photos": len(material.train.rows)}
+    history = {"stage": identity["stage"], "data": material.photos.digest, "photos": len(material.train.rows)}
     kept = ("steps", "batch", "lr", "schedule", "ema", "seed", "resolution")
     history |= {key: getattr(settings, key) for key in kept}
     if isinstance(settings, AlignSettings):
         history |= {"lambda": settings.strength, "recogniser": material.face_model.digest}
-        for key in ("content", "adapter"):
-            path = Path(getattr(settings, key))
-            history[f"{key}_file"] = _sha256(path) if path.is_file() else str(path)
+        history |= {f"{key}_file": identity.get(f"{key}_sha256", getattr(settings, key))
+                    for key in ("content", "adapter")}
     return {PREFIX + key: str(value) for key, value in history.items()}
 
 
+def _digests(settings: Settings) -> dict[str, str]:
+    """SHA-256 of those weights that training starts from and that are files, by their settings' keys."""
+    paths = {key: getattr(settings, key, None) for key in ("base", "content", "adapter", "clip_vision")}
+    return {f"{key}_sha256": _sha256(Path(path)) for key, path in paths.items() if path and Path(path).is_file()}
+
+
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
-def _same_run(name: str, settings: Settings, material: Material) -> None:
-    """Keep the settings in `out`, and refuse to go on there with others, or with other photos."""
+def _check_sizes(settings: Settings, processes: int) -> None:
+    parts = settings.accumulate * processes
+    if settings.batch % parts:
+        raise TrainingError(f"batch {settings.batch} cannot be shared by {processes} processes in "
+                            f"{settings.accumulate} parts each: it must be a multiple of {parts}.")
+    if isinstance(settings, IdentitySettings) and max(settings.reference_sizes) > settings.resolution:
+        raise TrainingError(f"reference_sizes has {max(settings.reference_sizes)}, but the resolution is "
+                            f"{settings.resolution}: leave out what is larger.")
+
+
+def _check_same_run(settings: Settings, identity: dict[str, str]) -> None:
+    """Raises TrainingError if `out` holds a run with other settings, weights or photos."""
     path = Path(settings.out) / "settings.yaml"
-    now = {"stage": name, "photos": material.photos.digest}
     if path.exists():
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        different = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+        different = [f"{key}: {before.get(key)} -> {now}" for key, now in identity.items() if before.get(key) != now]
         different += changed(settings, before)
         if different:
             raise TrainingError(f"'{settings.out}' holds a run with other settings ({'; '.join(different)}): use the "
                                 "same ones to go on with it, or another out.")
-        return
-    text = yaml.safe_dump(now | as_yaml(settings), sort_keys=False)
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-    if material.people:
-        listing = yaml.safe_dump({"validation_people": material.people})
-        write_whole(path.with_name("split.yaml"), lambda partial: partial.write_text(listing, encoding="utf-8"))
+
+
+def _keep_settings(settings: Settings, identity: dict[str, str], people: list[str]) -> None:
+    """Those that the run began with, and who is kept apart."""
+    kept = {"settings.yaml": identity | as_yaml(settings)}
+    if people:
+        kept["split.yaml"] = {"validation_people": people}
+    for name, values in kept.items():
+        path, text = Path(settings.out) / name, yaml.safe_dump(values, sort_keys=False)
+        if not path.exists():
+            write_whole(path, partial(Path.write_text, data=text, encoding="utf-8"))

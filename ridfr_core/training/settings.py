@@ -12,8 +12,10 @@ import yaml
 from ..content import CHOICES as CONTENT_CHOICES
 
 RECIPES = Path(__file__).parent / "recipes"
-# Neither what is learnt nor the order in which depends on these, so an interrupted run may go on with other values.
-FREE = {"steps", "accumulate", "gradient_checkpointing", "workers", "cache", "save_every", "keep", "validate_every"}
+# Neither what is learnt nor the order in which depends on these, so an interrupted run may go on with other values;
+# on the photos it does, but by what they are, not by where they lie.
+FREE = {"data", "out", "cache", "steps", "accumulate", "gradient_checkpointing", "workers", "save_every", "keep",
+        "validate_every"}
 
 
 class TrainingError(ValueError):
@@ -56,7 +58,6 @@ class Settings:
     keep: int
     validate_every: int
     validation_images: int
-    validation_steps: int
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class ContentSettings(Settings):
     """RIDFR Eq. 2."""
 
     degradation: Degradation
+    validation_steps: int
     kind: str
     value_range: str
     kernel: str
@@ -90,6 +92,7 @@ class AlignSettings(IdentitySettings):
     strength: float
     lora: float
     validation_people: int
+    validation_steps: int
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,18 @@ CHOICES = {
     "schedule": ("constant", "cosine"),
     "precision": ("fp32", "bf16", "fp16"),
 }
+LEAST = {
+    "resolution": 64, "steps": 1, "batch": 1, "accumulate": 1, "lr": 0, "warmup": 0, "weight_decay": 0, "clip": 0,
+    "ema": 0, "workers": 0, "save_every": 1, "keep": 1, "validate_every": 0, "validation_images": 1,
+    "validation_steps": 1, "drop": 0, "strength": 0, "validation_people": 0,
+}
 
 
 def read_settings(stage: str, file: Path | None, overrides: Sequence[str]) -> Settings:
     """Settings of a stage: its recipe, then the YAML `file`, then "key=value" or "group.key=value" strings.
 
-    Raises TrainingError: an unknown key, a value of another type, a key without a value, a file that is not YAML.
+    Raises TrainingError: an unknown key, a value of another type or too small, a key without a value, a file that is
+    not YAML.
     """
     values = _parse((RECIPES / f"{stage}.yaml").read_text(encoding="utf-8"), f"{stage}.yaml")
     if file is not None:
@@ -188,6 +197,8 @@ def _value(kind: type, key: str, wanted, value, stage: str):
         raise TrainingError(f"'{key}' is {value!r}, but must be {names[plain]}.")
     if value not in CHOICES.get(key, (value,)):
         raise TrainingError(f"'{key}' is '{value}', but must be one of {', '.join(CHOICES[key])}.")
+    if key in LEAST and value < LEAST[key]:
+        raise TrainingError(f"'{key}' is {value}, but must be at least {LEAST[key]}.")
     return plain(value)
 
 
@@ -199,9 +210,9 @@ def _is(value, kind: type) -> bool:
 
 def changed(settings: Settings, before: Mapping) -> list[str]:
     """What differs from the settings a run began with and matters to it, as "key: old -> new"."""
-    now = as_yaml(settings)
-    return [f"{key}: {before.get(key)} -> {value}" for key, value in now.items()
-            if key not in FREE and value != before.get(key)]
+    free = FREE - {"steps"} if settings.schedule == "cosine" else FREE
+    return [f"{key}: {before.get(key)} -> {value}" for key, value in as_yaml(settings).items()
+            if key not in free and value != before.get(key)]
 
 
 def as_yaml(settings: Settings) -> dict:

@@ -66,7 +66,6 @@ class Trainer:
         self.stage, self.optimizer = accelerator.prepare(stage, optimizer)
         self.ema, self.progress = EMAModel(self.parameters, decay=settings.ema), Progress()
         accelerator.register_for_checkpointing(self.rate, self.ema, self.progress)
-        self._check_batch()
 
     def train(self) -> None:
         """Take the steps that are left, then put the averaged weights into the stage."""
@@ -131,12 +130,6 @@ class Trainer:
         return torch.utils.data.DataLoader(self.draws, batch_sampler=parts, num_workers=settings.workers,
                                            pin_memory=accelerator.device.type == "cuda")
 
-    def _check_batch(self) -> None:
-        accumulate, processes = self.settings.accumulate, self.accelerator.num_processes
-        if self.settings.batch % (accumulate * processes):
-            raise TrainingError(f"batch {self.settings.batch} cannot be shared by {processes} processes in "
-                                f"{accumulate} parts each: it must be a multiple of {accumulate * processes}.")
-
     def _log(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.progress.step)
         if self.accelerator.is_main_process:
@@ -172,5 +165,6 @@ class Trainer:
         newest = self._newest()
         if newest is not None:
             self.accelerator.load_state(str(newest))
+            self.accelerator.step = 0  # a checkpoint lies between steps, and `accumulate` may have changed
             self.ema.to(self.accelerator.device)
             self.accelerator.print(f"Going on from {newest}.")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ..contact_sheet import contact_sheet
+from ..evaluation.folder import to_pil
 from ..evaluation.restorer import Restorer
 from ..faces import align
 from ..metrics import psnr, similarity, ssim
@@ -22,8 +22,8 @@ ROUNDS = 8  # of the validation loss, each with other noise and other t
 
 
 class Validation:
-    """The same draws and the same start noise each time. Calling it gives numbers to log, and `out`/validation a sheet
-    of degraded faces, restorations and truths."""
+    """The same draws and the same start noise each time. Calling it gives numbers to log, and `out`/validation, in the
+    stages that restore, a sheet of degraded faces, restorations and truths."""
 
     def __init__(self, accelerator, stage: nn.Module, frozen: Frozen, material: Material, settings: Settings):
         self.accelerator, self.stage, self.frozen = accelerator, stage, frozen
@@ -67,9 +67,7 @@ class Validation:
         return values
 
     def _show(self, step: int, images: dict[str, Tensor]) -> None:
-        pixels = {name: (column.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-                  for name, column in images.items()}
-        columns = {name: [Image.fromarray(one) for one in column] for name, column in pixels.items()}
+        columns = {name: [to_pil(one) for one in column] for name, column in images.items()}
         sheet = contact_sheet(columns, {}, f"Step {step}")
         path = Path(self.settings.out) / "validation" / f"{step:07d}.png"
         write_whole(path, lambda partial: sheet.save(partial, "PNG"))

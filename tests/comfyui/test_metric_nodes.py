@@ -33,7 +33,7 @@ def test_image_quality_says_which_networks_are_absent(nodes, photos, monkeypatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     report = nodes["RIDFR_ImageQuality"].execute(photos, photos, True)[2]
     for name in ("LPIPS", "MUSIQ", "MANIQA", "CLIP-IQA", "HyperIQA", "PI"):
-        assert f"{name}: absent, pyiqa is not installed: pip install ridfr[evaluate]" in report
+        assert f"{name}: absent, pyiqa is not installed: `pip install -e '.[evaluate]'` in the pack's folder" in report
 
 
 def test_identity_variance(nodes, photos, pack, face_model):
