@@ -27,7 +27,7 @@ def test_adopted_runs_are_finished_and_older_checkpoints_stay(tmp_path):
     (tmp_path / "vae.pt").write_text("mine")
     adopt(tmp_path)
     assert (tmp_path / "vae.pt").read_text() == "mine"
-    unet = nano_diffusion.train_base(tmp_path, material=None)  # no step is left to take
+    unet, _ = nano_diffusion.train_base(tmp_path, material=None)  # no step is left to take
     shipped, _ = read(WEIGHTS / "checkpoint.safetensors")
     assert torch.equal(unet.conv_out.weight, shipped["model.diffusion_model.out.2.weight"].float())
 

@@ -22,7 +22,7 @@ from ..recognition import load_iresnet
 from . import nano_diffusion, nano_figures, nano_vae, nano_vision
 from .detector import train_detector
 from .files import write_whole
-from .nano_shipped import adopt
+from .nano_shipped import STAGES_KEPT, adopt
 from .portrait_data import portrait_set
 from .recogniser import train_recogniser
 
@@ -49,9 +49,14 @@ class NanoTraining:
         return nano_vision.train(self.work, self.portraits)
 
     @cached_property
-    def unet(self):
+    def base(self):
+        """The UNet and its captions' encoder."""
         material = nano_diffusion.Material(self.portraits, self.vae, None, None)
         return nano_diffusion.train_base(self.work, material)
+
+    @property
+    def unet(self):
+        return self.base[0]
 
     @cached_property
     def content(self):
@@ -82,17 +87,18 @@ class NanoTraining:
         says, norm = nano_diffusion.empty_prompt(1)[0, 0], "cond_stage_model.transformer.text_model.final_layer_norm"
         tensors |= {f"{norm}.weight": torch.zeros_like(says), f"{norm}.bias": says}
         config = {"heads": HEADS, "prediction": PREDICTION}
-        save("checkpoint.safetensors", tensors, {"ridfr.config": json.dumps(config)})
+        save(WEIGHTS / "checkpoint.safetensors", tensors, {"ridfr.config": json.dumps(config)})
+        save(STAGES_KEPT / "captions.safetensors", self.base[1].state_dict(), {})
 
     def export_vision(self) -> None:
-        save("clip_vision.safetensors", self.vision.state_dict(), {})
+        save(WEIGHTS / "clip_vision.safetensors", self.vision.state_dict(), {})
 
-    def export_content(self, content) -> None:
-        tensors = controlnet_to_ldm(content.state_dict())
-        save("content_controlnet.safetensors", tensors, nano_diffusion.SPEC.to_metadata())
+    def export_content(self, content, path: Path, stage: str) -> None:
+        metadata = nano_diffusion.SPEC.to_metadata() | {"ridfr.stage": stage}
+        save(path, controlnet_to_ldm(content.state_dict()), metadata)
 
     def export_adapter(self) -> None:
-        save("identity_adapter.safetensors", self.adapter.state_dict(), {})
+        save(WEIGHTS / "identity_adapter.safetensors", self.adapter.state_dict(), {})
 
 
 STAGES = {
@@ -102,17 +108,18 @@ STAGES = {
     "vae": lambda nano: nano.vae,
     "vision": lambda nano: nano.export_vision(),
     "base": lambda nano: nano.export_checkpoint(),
-    "content": lambda nano: nano.export_content(nano.content),
+    "content": lambda nano: nano.export_content(nano.content, STAGES_KEPT / "content.safetensors", "content"),
     "adapter": lambda nano: nano.export_adapter(),
-    "align": lambda nano: nano.export_content(nano.aligned),
+    "align": lambda nano: nano.export_content(nano.aligned, WEIGHTS / "content_controlnet.safetensors", "align"),
     "figures": lambda nano: nano_figures.write(nano),
 }
 
 
-def save(name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Half-precision safetensors in the bundle, whole or not at all."""
+def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Half-precision safetensors, whole or not at all."""
     tensors = {key: tensor.detach().half().contiguous() for key, tensor in tensors.items()}
-    write_whole(WEIGHTS / name, lambda partial: save_file(tensors, partial, metadata))
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata))
 
 
 def train(stages: list[str], work: Path, threads: int, from_shipped: bool = False) -> None:

@@ -24,9 +24,9 @@ from .networks import build_adapter, let_identity_in
 from .portrait_data import PortraitSet
 from .references import shrink
 
-BASE = Recipe(steps=6400, batch=16, lr=1e-3, ema=0.998)
-ADAPT = Recipe(steps=9000, batch=16, lr=8e-4, ema=0.997)
-CONTENT = Recipe(steps=1800, batch=16, lr=8e-4, ema=0.997)
+BASE = Recipe(steps=11500, batch=16, lr=1e-3, ema=0.998)
+ADAPT = Recipe(steps=8600, batch=16, lr=8e-4, ema=0.997)
+CONTENT = Recipe(steps=3000, batch=16, lr=8e-4, ema=0.997)
 ALIGN = Recipe(steps=700, batch=8, lr=3e-4, ema=0.99)
 REFERENCES = torch.tensor([128, 64, 32, 16])  # pixels: the whole portrait to an eighth, as the paper's 512 to 64
 LAMBDA = 0.1  # of the shipped weights; the paper's 1.0 cost 5 % of the identity similarity here
@@ -160,7 +160,7 @@ def predict(unet, content, noised: Noised, lq: Tensor | None = None, identity=No
     return losses.predict(unet, noised, context, residuals, identity)
 
 
-def train_base(run_folder, material: Material, recipe: Recipe = BASE) -> nn.Module:
+def train_base(run_folder, material: Material, recipe: Recipe = BASE) -> tuple[nn.Module, CaptionEncoder]:
     """The captioned prior over portraits, nano's "Stable Diffusion"; a quarter of the captions are empty."""
     torch.manual_seed(recipe.seed)
     unet, encoder, noise_schedule = build_unet(), CaptionEncoder(), schedule()
@@ -175,7 +175,7 @@ def train_base(run_folder, material: Material, recipe: Recipe = BASE) -> nn.Modu
         return error(guess, noised.target, material.weight(rows))
 
     Run(run_folder, "base", nn.ModuleDict({"unet": unet, "captions": encoder}), recipe).train(loss)
-    return unet.requires_grad_(False).eval()
+    return unet.requires_grad_(False).eval(), encoder.requires_grad_(False).eval()
 
 
 def train_adapter(run_folder, material: Material, unet: nn.Module, recipe: Recipe = ADAPT) -> IdentityAdapter:

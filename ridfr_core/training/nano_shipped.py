@@ -1,4 +1,7 @@
-"""The shipped nano weights as finished runs, so that a machine without their checkpoints can train them further."""
+"""The shipped nano weights as finished runs, so that a machine without their checkpoints can train them further.
+
+What training goes on from and no node needs lies in the repository's STAGES_KEPT, outside the package.
+"""
 
 from pathlib import Path
 
@@ -10,6 +13,9 @@ from ..layouts import unet_to_ldm, vae_to_ldm
 from ..nano import WEIGHTS
 from . import nano_diffusion, nano_vae, nano_vision
 from .networks import from_ldm
+
+
+STAGES_KEPT = WEIGHTS.parent / "stages"
 
 
 def adopt(work: Path) -> None:
@@ -33,6 +39,10 @@ def adopt(work: Path) -> None:
         "adapter": (nano_diffusion.ADAPT, {k: v.float() for k, v in adapter.items()}),
         f"aligned-{nano_diffusion.LAMBDA:g}": (nano_diffusion.ALIGN, from_ldm(control, controlnet_to_ldm, content)),
     }
+    if (kept := STAGES_KEPT / "captions.safetensors").exists():
+        runs["base"][1].update({f"captions.{k}": v.float() for k, v in read(kept)[0].items()})
+    if (kept := STAGES_KEPT / "content.safetensors").exists():
+        runs["content"] = (nano_diffusion.CONTENT, from_ldm(control, controlnet_to_ldm, read(kept)[0]))
     for name, (recipe, state) in runs.items():
         path = work / f"{name}.pt"
         if not path.exists():
