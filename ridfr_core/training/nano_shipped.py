@@ -14,7 +14,6 @@ from ..nano import WEIGHTS
 from . import nano_diffusion, nano_vae, nano_vision
 from .networks import from_ldm
 
-
 STAGES_KEPT = WEIGHTS.parent / "stages"
 
 
