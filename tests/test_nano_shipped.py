@@ -12,7 +12,7 @@ from ridfr_core.nano import WEIGHTS
 from ridfr_core.training import nano_diffusion, nano_figures, nano_vae
 from ridfr_core.training.loop import Run
 from ridfr_core.training.nano import NanoTraining
-from ridfr_core.training.nano_shipped import adopt, from_ldm
+from ridfr_core.training.nano_shipped import CAPTIONS, adopt, from_ldm
 
 
 def test_what_the_bundle_stores_comes_back_in_diffusers_layout():
@@ -40,3 +40,11 @@ def test_the_figures_of_the_shipped_weights_need_no_training(tmp_path, monkeypat
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures) == {"aligned"} and figures["aligned"]["vae"]["psnr"] > 20
     assert (tmp_path / "figures.png").exists()
+
+
+def test_the_base_goes_on_with_the_captions_it_knows(tmp_path):
+    """With an encoder that has learnt nothing the base would unlearn."""
+    adopt(tmp_path)
+    _, captions = nano_diffusion.train_base(tmp_path, material=None)
+    shipped, _ = read(CAPTIONS)
+    assert all(torch.equal(weight, shipped[name].float()) for name, weight in captions.state_dict().items())

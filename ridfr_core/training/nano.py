@@ -22,7 +22,7 @@ from ..recognition import load_iresnet
 from . import nano_diffusion, nano_figures, nano_vae, nano_vision
 from .detector import train_detector
 from .files import write_whole
-from .nano_shipped import STAGES_KEPT, adopt
+from .nano_shipped import CAPTIONS, adopt
 from .portrait_data import portrait_set
 from .recogniser import train_recogniser
 
@@ -88,14 +88,14 @@ class NanoTraining:
         tensors |= {f"{norm}.weight": torch.zeros_like(says), f"{norm}.bias": says}
         config = {"heads": HEADS, "prediction": PREDICTION}
         save(WEIGHTS / "checkpoint.safetensors", tensors, {"ridfr.config": json.dumps(config)})
-        save(STAGES_KEPT / "captions.safetensors", self.base[1].state_dict(), {})
+        save(CAPTIONS, self.base[1].state_dict(), {})
 
     def export_vision(self) -> None:
         save(WEIGHTS / "clip_vision.safetensors", self.vision.state_dict(), {})
 
-    def export_content(self, content, path: Path, stage: str) -> None:
+    def export_content(self, content, stage: str) -> None:
         metadata = nano_diffusion.SPEC.to_metadata() | {"ridfr.stage": stage}
-        save(path, controlnet_to_ldm(content.state_dict()), metadata)
+        save(WEIGHTS / "content_controlnet.safetensors", controlnet_to_ldm(content.state_dict()), metadata)
 
     def export_adapter(self) -> None:
         save(WEIGHTS / "identity_adapter.safetensors", self.adapter.state_dict(), {})
@@ -108,9 +108,9 @@ STAGES = {
     "vae": lambda nano: nano.vae,
     "vision": lambda nano: nano.export_vision(),
     "base": lambda nano: nano.export_checkpoint(),
-    "content": lambda nano: nano.export_content(nano.content, STAGES_KEPT / "content.safetensors", "content"),
+    "content": lambda nano: nano.export_content(nano.content, "content"),
     "adapter": lambda nano: nano.export_adapter(),
-    "align": lambda nano: nano.export_content(nano.aligned, WEIGHTS / "content_controlnet.safetensors", "align"),
+    "align": lambda nano: nano.export_content(nano.aligned, "align"),
     "figures": lambda nano: nano_figures.write(nano),
 }
 

@@ -1,6 +1,6 @@
 """The shipped nano weights as finished runs, so that a machine without their checkpoints can train them further.
 
-What training goes on from and no node needs lies in the repository's STAGES_KEPT, outside the package.
+The encoder of the captions, which the base learns from and no node needs, lies in the repository, outside the package.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..nano import WEIGHTS
 from . import nano_diffusion, nano_vae, nano_vision
 from .networks import from_ldm
 
-STAGES_KEPT = WEIGHTS.parent / "stages"
+CAPTIONS = WEIGHTS.parent / "stages" / "captions.safetensors"
 
 
 def adopt(work: Path) -> None:
@@ -38,10 +38,8 @@ def adopt(work: Path) -> None:
         "adapter": (nano_diffusion.ADAPT, {k: v.float() for k, v in adapter.items()}),
         f"aligned-{nano_diffusion.LAMBDA:g}": (nano_diffusion.ALIGN, from_ldm(control, controlnet_to_ldm, content)),
     }
-    if (kept := STAGES_KEPT / "captions.safetensors").exists():
-        runs["base"][1].update({f"captions.{k}": v.float() for k, v in read(kept)[0].items()})
-    if (kept := STAGES_KEPT / "content.safetensors").exists():
-        runs["content"] = (nano_diffusion.CONTENT, from_ldm(control, controlnet_to_ldm, read(kept)[0]))
+    if CAPTIONS.exists():
+        runs["base"][1].update({f"captions.{name}": weight.float() for name, weight in read(CAPTIONS)[0].items()})
     for name, (recipe, state) in runs.items():
         path = work / f"{name}.pt"
         if not path.exists():
