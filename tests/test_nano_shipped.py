@@ -38,7 +38,7 @@ def test_the_figures_of_the_shipped_weights_need_no_training(tmp_path, monkeypat
         monkeypatch.setattr(nano_figures, name, value)
     nano_figures.write(NanoTraining(tmp_path))
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert set(figures) == {"aligned"} and figures["aligned"]["vae"]["psnr"] > 20
+    assert set(figures) == {"shipped"} and figures["shipped"]["vae"]["psnr"] > 20
     assert (tmp_path / "figures.png").exists()
 
 

@@ -27,6 +27,7 @@ from .portrait_data import portrait_set
 from .recogniser import train_recogniser
 
 PEOPLE, VIEWS = 3000, 8
+ALIGNED = 0.7  # the share of the aligned weights in the content module that is shipped
 RECOGNISER = WEIGHTS / "insightface" / "models" / "nano" / "rec_nano.onnx"
 
 
@@ -77,6 +78,17 @@ class NanoTraining:
             self.work, self.material, self.unet, self.adapter, copy.deepcopy(self.content)
         )
 
+    @cached_property
+    def blended(self):
+        """The content module that is shipped: the mean of the weights before and after Alignment Learning.
+
+        Alignment takes away identity together with what leaks of the reference; between the two lies nearly all of what
+        both are good at (Wortsman et al., Robust fine-tuning of zero-shot models, 2022).
+        """
+        before, mean = self.content.state_dict(), copy.deepcopy(self.aligned)
+        mean.load_state_dict({name: torch.lerp(before[name], w, ALIGNED) for name, w in mean.state_dict().items()})
+        return mean
+
     def export_checkpoint(self) -> None:
         """UNet, VAE and text encoder as one file in SD1.5's layout, half precision.
 
@@ -110,7 +122,7 @@ STAGES = {
     "base": lambda nano: nano.export_checkpoint(),
     "content": lambda nano: nano.export_content(nano.content, "content"),
     "adapter": lambda nano: nano.export_adapter(),
-    "align": lambda nano: nano.export_content(nano.aligned, "align"),
+    "align": lambda nano: nano.export_content(nano.blended, f"{1 - ALIGNED:g} content + {ALIGNED:g} align"),
     "figures": lambda nano: nano_figures.write(nano),
 }
 

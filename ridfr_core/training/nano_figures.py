@@ -41,13 +41,14 @@ def measure(method: Method, bench: HeldOut) -> tuple[dict, dict[str, Tensor]]:
 
 
 def write(nano) -> None:
-    """Measure what is shipped, and the content stage where the work folder has it; keep the figures in
+    """Measure what is shipped, and the stages before it where the work folder has them; keep the figures in
     `weights/figures.json`, and a sheet of pictures in the work folder."""
     from torchvision.utils import save_image
 
-    restorers = {"aligned": nano_restorer()}
+    restorers = {"shipped": nano_restorer()}
     if (nano.work / "content.pt").exists():
-        restorers = {"content": restorer(nano.unet, nano.vae, nano.content)} | restorers
+        stages = {"content": nano.content, "aligned": nano.aligned}
+        restorers = {name: restorer(nano.unet, nano.vae, one) for name, one in stages.items()} | restorers
     bench, figures, adapter, tower = HeldOut(nano.work, PEOPLE, 1, STEPS), {}, nano_adapter(), nano_tower()
     for name, one in restorers.items():
         figures[name], pictures = measure(Method(one, adapter, tower), bench)

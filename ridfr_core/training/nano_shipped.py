@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import read
-from ..content import controlnet_to_ldm
 from ..layouts import unet_to_ldm, vae_to_ldm
 from ..nano import WEIGHTS
 from . import nano_diffusion, nano_vae, nano_vision
@@ -20,14 +19,14 @@ CAPTIONS = WEIGHTS.parent / "stages" / "captions.safetensors"
 def adopt(work: Path) -> None:
     """Write WORK/NAME.pt, a run that has taken its recipe's steps, for each diffusion network that has none there.
 
+    Not the content module: the shipped one is a blend, and the stages before it are trained again.
+
     The optimiser's state is not shipped: what goes on learning starts with a new one.
     """
     checkpoint, _ = read(WEIGHTS / "checkpoint.safetensors")
-    content, _ = read(WEIGHTS / "content_controlnet.safetensors")
     vision, _ = read(WEIGHTS / "clip_vision.safetensors")
     adapter, _ = read(WEIGHTS / "identity_adapter.safetensors")
     unet, vae = nano_diffusion.build_unet(), nano_vae.build()
-    control = nano_diffusion.build_content(unet)
     vae_state = from_ldm(vae, vae_to_ldm, checkpoint, "first_stage_model.")
     unet_state = from_ldm(unet, unet_to_ldm, checkpoint, "model.diffusion_model.")
     runs = {
@@ -36,7 +35,6 @@ def adopt(work: Path) -> None:
         "vision": (nano_vision.RECIPE, {f"tower.{k}": v.float() for k, v in vision.items()}),
         "base": (nano_diffusion.BASE, {f"unet.{k}": v for k, v in unet_state.items()}),
         "adapter": (nano_diffusion.ADAPT, {k: v.float() for k, v in adapter.items()}),
-        f"aligned-{nano_diffusion.LAMBDA:g}": (nano_diffusion.ALIGN, from_ldm(control, controlnet_to_ldm, content)),
     }
     if CAPTIONS.exists():
         runs["base"][1].update({f"captions.{name}": weight.float() for name, weight in read(CAPTIONS)[0].items()})
