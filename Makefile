@@ -3,7 +3,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test bench lint setup lock clean-cache
+.PHONY: help demo serve doctor test bench lint setup lock clean-cache
 
-help demo serve test bench lint setup lock clean-cache:
+help demo serve doctor test bench lint setup lock clean-cache:
 	@$(PYTHON) -m tools $@ $(ARGS)

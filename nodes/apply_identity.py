@@ -199,8 +199,8 @@ def check_clip(adapter: ManagedAdapter, identity: Identity) -> None:
     needed = adapter.adapter.clip_dim
     if identity.clip_uncond is None:
         raise ValueError(
-            f"The adapter {adapter.name} needs CLIP features but the identity has none: connect a CLIP vision model of "
-            f"width {needed} to Extract Identity."
+            f"The adapter {adapter.name} needs CLIP features but the identity has none: connect clip_vision to Extract "
+            f"Identity, of Load Nano Models for nano, else of Load CLIP Vision (ViT-H for FaceID), of width {needed}."
         )
     width = identity.clip_uncond.shape[-1]
     if width != needed:

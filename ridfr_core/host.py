@@ -7,18 +7,20 @@ from pathlib import Path
 from . import known_models
 
 
-def model_folders(comfyui: Path) -> dict[str, list[Path]]:
+def model_folders(comfyui: Path, base: Path | None = None) -> dict[str, list[Path]]:
     """The folders of a ComfyUI that is not running: its own and those of its extra_model_paths.yaml.
 
+    base: its --base-directory, where that is another.
     Raises ValueError naming the file when the YAML cannot be read.
     """
+    base = base or comfyui
     names = {model.folder for model in known_models.MODELS}
-    folders = {name: [comfyui / "models" / name] for name in sorted(names)}
-    folders["controlnet"].append(comfyui / "models" / "t2i_adapter")
+    folders = {name: [base / "models" / name] for name in sorted(names)}
+    folders["controlnet"].append(base / "models" / "t2i_adapter")
     for name, path, first in extra_folders(comfyui / "extra_model_paths.yaml"):
         if name in folders:
             folders[name].insert(0 if first else len(folders[name]), path)
-    return folders | {"output": [comfyui / "output"]}
+    return folders | {"output": [base / "output"]}
 
 
 def extra_folders(file: Path) -> Iterator[tuple[str, Path, bool]]:

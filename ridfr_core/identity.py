@@ -110,7 +110,7 @@ def parse_weights(text: str, photos: int) -> Tensor:
     except ValueError:
         raise IdentityError(f"The weights {text!r} are not numbers: write one for each photo: 1, 0.5.") from None
     if len(weights) != photos:
-        raise IdentityError(f"There are {len(weights)} weights for {photos} photos: write one for each, or none.")
+        raise IdentityError(f"Weights: {len(weights)}, photos: {photos}. Write one for each, or none.")
     if not (torch.isfinite(weights) & (weights >= 0)).all():
         raise IdentityError(f"The weights {text!r} must be at least 0, and finite.")
     return weights

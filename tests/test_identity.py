@@ -166,7 +166,7 @@ def test_weights_as_text(text):
 
 
 @pytest.mark.parametrize(
-    "text, says", [("1, 2", "2 weights for 3 photos"), ("1, x, 2", "not numbers"), ("1, -1, 2", "at least 0")]
+    "text, says", [("1, 2", "Weights: 2, photos: 3"), ("1, x, 2", "not numbers"), ("1, -1, 2", "at least 0")]
 )
 def test_weights_that_are_none(text, says):
     with pytest.raises(IdentityError, match=says):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -21,14 +22,17 @@ def demo(arguments: list[str]) -> int:
 
 
 def serve(arguments: list[str]) -> int:
-    """Start ComfyUI with the pack, for the editor; further arguments go to ComfyUI."""
+    """Start ComfyUI with the pack, for the editor (--port N); further arguments go to ComfyUI."""
+    parser = argparse.ArgumentParser(prog="ridfr serve", description=serve.__doc__)
+    parser.add_argument("--port", type=int, help="where it listens (default: a free port)")
+    options, arguments = parser.parse_known_args(arguments)
     bed, base = prepare(), base_directory()
     link_pack(base)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    say("starting ComfyUI")
-    with Server(bed.python, bed.tree, base, [*device_flags(bed.python), *arguments]) as server:
+    say("starting ComfyUI (half a minute or more)")
+    with Server(bed.python, bed.tree, base, [*device_flags(bed.python), *arguments], options.port) as server:
         say(f"ComfyUI is at {server.url}; Ctrl-C stops it")
-        say(f"the pack's graphs are under Templates, {PACK}; models go to {base / 'models'}")
+        say(f"the pack's graphs are under Templates, {PACK}; models go to {base / 'models'}, `make doctor` says which")
         try:
             code = server.process.wait()
             say(f"ComfyUI ended by itself with code {code}; its log is {server.log}")
@@ -36,6 +40,13 @@ def serve(arguments: list[str]) -> int:
         except KeyboardInterrupt:
             say("stopping ComfyUI")
     return 0
+
+
+def doctor(arguments: list[str]) -> int:
+    """Say which model files the graphs lack in the ComfyUI of `serve`; further arguments go to `ridfr doctor`."""
+    bed = prepare()
+    where = ["--comfyui", bed.tree, "--base-directory", base_directory()]
+    return become([bed.python, "-m", "ridfr_core.cli", "doctor", *where, *arguments])
 
 
 def test(arguments: list[str]) -> int:
@@ -90,5 +101,5 @@ def become(command: list) -> int:
     return subprocess.call(command)
 
 
-COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench, "lint": lint, "setup": setup, "lock": lock,
-            "clean-cache": clean_cache}
+COMMANDS = {"demo": demo, "serve": serve, "doctor": doctor, "test": test, "bench": bench, "lint": lint, "setup": setup,
+            "lock": lock, "clean-cache": clean_cache}

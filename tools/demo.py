@@ -87,17 +87,23 @@ def collect(workflow: dict, graph: dict, outputs: dict) -> Results:
     return Results({column: images[column] for column in COLUMNS.values()}, similarity)
 
 
+TITLE = """ID similarity to the ground truth. 1: the same picture, 0: a stranger; the reference, another photo of the
+person, is about the best to expect. LQ faces are too blurred for their numbers to mean much. The mean is over the
+people with a face in every column."""
+
+
 def table(similarity: dict[str, list[float | None]]) -> str:
-    """Each person's similarity to the ground truth, a column each, and the mean over the faces that were found."""
+    """Each person's similarity to the ground truth, a column each, and the mean over the people with a face in all."""
     def row(name: str, values: list[float | None]) -> str:
         return f"{name:<10}" + "".join(f"{'no face' if v is None else format(v, '.3f'):>12}" for v in values)
 
     def mean(values: list[float]) -> float | None:
         return sum(values) / len(values) if values else None
 
-    people = zip(*similarity.values(), strict=True)
-    means = [mean([v for v in values if v is not None]) for values in similarity.values()]
-    return "\n".join(["ID similarity to the ground truth", " " * 10 + "".join(f"{name:>12}" for name in similarity),
+    people = list(zip(*similarity.values(), strict=True))
+    found = [values for values in people if None not in values]
+    means = [mean(list(column)) for column in zip(*found)] or [None] * len(similarity)
+    return "\n".join([TITLE, " " * 10 + "".join(f"{name:>12}" for name in similarity),
                       *(row(f"person {n}", values) for n, values in enumerate(people, 1)), row("mean", means)])
 
 

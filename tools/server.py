@@ -64,8 +64,8 @@ def free_port() -> int:
 class Server:
     """ComfyUI of `tree`, run by `python` on the base directory `base`; a context manager that always stops it."""
 
-    def __init__(self, python: Path, tree: Path, base: Path, flags: list[str]):
-        self.port, self.base, self.log = free_port(), base, base / "server.log"
+    def __init__(self, python: Path, tree: Path, base: Path, flags: list[str], port: int | None = None):
+        self.port, self.base, self.log = port or free_port(), base, base / "server.log"
         self.url = f"http://127.0.0.1:{self.port}"
         self._tree = tree
         self._command = [python, "main.py", "--port", self.port, "--base-directory", base, "--disable-api-nodes",

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 PACK = Path(__file__).parents[2]
@@ -11,6 +12,8 @@ def describe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("workflows", nargs="*", help="only what these graphs need, as ridfr_sd15_tile (default: all)")
     parser.add_argument("--comfyui", type=Path, default=where(), help="ComfyUI's folder (default: COMFYUI_PATH, or the "
                         "one that the pack lies in)")
+    parser.add_argument("--base-directory", type=Path, help="where its models and output are, if it was started with "
+                        "this option (default: ComfyUI's folder)")
     parser.add_argument("--hash", action="store_true", help="compare SHA-256 too: reads the files whole")
 
 
@@ -23,16 +26,20 @@ def where() -> Path | None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the findings as they come. Exit code: 0 the graphs can run, 1 they cannot, 2 there is no ComfyUI."""
-    from .. import doctor, host
+    try:
+        from .. import doctor, host
+    except ModuleNotFoundError as missing:
+        fail(f"{missing.name} is not installed for this Python ({sys.executable}): run this with ComfyUI's Python")
     from ..known_models import WORKFLOWS
 
     workflows = options.workflows or list(WORKFLOWS)
     if unknown := set(workflows) - WORKFLOWS.keys():
         fail(f"there is no graph {', '.join(sorted(unknown))}; there are {', '.join(WORKFLOWS)}")
     if options.comfyui is None or not options.comfyui.is_dir():
-        fail(f"{options.comfyui or 'ComfyUI'} is not found: name ComfyUI's folder with --comfyui or COMFYUI_PATH")
+        fail(f"{options.comfyui or 'ComfyUI'} is not found: name ComfyUI's folder with --comfyui or COMFYUI_PATH "
+             "(for the one of `make demo` and `make serve`: `make doctor`)")
     try:
-        folders = host.model_folders(options.comfyui)
+        folders = host.model_folders(options.comfyui, options.base_directory)
     except ValueError as error:
         fail(str(error))
     findings = []

@@ -12,7 +12,8 @@ AT_SCALE = {
 
 
 def describe(parser: argparse.ArgumentParser) -> None:
-    recipes = parser.add_subparsers(dest="recipe", required=True)
+    parser.epilog = "Begin with `ridfr train content --show`; data, hours and hardware: docs/training.md."
+    recipes = parser.add_subparsers(dest="recipe", required=True, metavar="recipe")
     for name, summary in AT_SCALE.items():
         stage = recipes.add_parser(name, help=summary, description=summary)
         stage.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, such as data=PHOTOS base=SD15")

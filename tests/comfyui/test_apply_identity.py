@@ -302,7 +302,7 @@ def test_faceid_needs_no_clip(sample, nodes, nano, identity, adapter, pack):
     node = nodes["RIDFR_ApplyIdentity"]
     model = node.execute(nano.model, faceid, no_clip, 1.0, 0.0, 1.0)[0]
     assert not torch.equal(sample(model, nano.prompt), sample(nano.model, nano.prompt))
-    with pytest.raises(ValueError, match="needs CLIP features but the identity has none: connect a CLIP vision model"):
+    with pytest.raises(ValueError, match="needs CLIP features but the identity has none: connect clip_vision"):
         node.execute(nano.model, adapter, no_clip, 1.0, 0.0, 1.0)
 
 

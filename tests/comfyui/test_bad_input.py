@@ -131,7 +131,7 @@ def apply_identity(**options):
 
 @pytest.mark.parametrize(
     "weights, sentence",
-    [("1, 2, 3", "There are 3 weights for 2 photos"), ("1, much", "are not numbers"), ("0 0", "have weight 0")],
+    [("1, 2, 3", "Weights: 3, photos: 2"), ("1, much", "are not numbers"), ("0 0", "have weight 0")],
 )
 def test_weights_of_references(client, weights, sentence):
     bad = extract(PORTRAITS)

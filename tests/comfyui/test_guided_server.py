@@ -119,7 +119,7 @@ def test_interrupt_and_run_again(server, client, small):
     [
         ({"RIDFR_NanoPortraits": {"people": 3}}, "has 3 faces but the latent batch has 2 images: give as many people"),
         ({"EmptyLatentImage": {"width": 256}}, "The LQ image is 128x128 but the latent is for 256x128: connect"),
-        ({GUIDE: {"decode": "face, TAESD"}}, "needs taesd_decoder.safetensors in .*: get it from"),
+        ({GUIDE: {"decode": "face, TAESD"}}, "There is no TAESD decoder for this model: choose another"),
         ({GUIDE: {"face_model": "judge"}}, "use the same face model for both"),
     ],
     ids=["people", "proportions", "no taesd", "another recogniser"],
