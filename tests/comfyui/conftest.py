@@ -92,7 +92,7 @@ def comfy() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def pack(comfy, checkout, shown) -> ModuleType:
+def pack(comfy, checkout) -> ModuleType:
     """The pack in this process, loaded as ComfyUI loads it: by its path, under a name that is no folder's.
 
     Its `ridfr_core` is then `pack.ridfr_core`, another copy than the one that `import ridfr_core` gives.

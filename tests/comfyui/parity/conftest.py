@@ -67,7 +67,7 @@ def apply(pack) -> Callable:
 
 
 @pytest.fixture(scope="module")
-def load_content(pack, tmp_path_factory) -> Callable:
+def load_content(nodes, tmp_path_factory) -> Callable:
     """load_content(net) -> CONTROL_NET of a diffusers ControlNetModel, through a file."""
     import folder_paths
 
@@ -76,6 +76,6 @@ def load_content(pack, tmp_path_factory) -> Callable:
 
     def load(net):
         save_file(net.state_dict(), folder / "content.safetensors")
-        return pack.nodes.loaders.LoadContentControlNet.execute("content.safetensors")[0]
+        return nodes["RIDFR_LoadContentControlNet"].execute("content.safetensors")[0]
 
     return load
