@@ -19,9 +19,8 @@ CAPTIONS = WEIGHTS.parent / "stages" / "captions.safetensors"
 def adopt(work: Path) -> None:
     """Write WORK/NAME.pt, a run that has taken its recipe's steps, for each diffusion network that has none there.
 
-    Not the content module: the shipped one is a blend, and the stages before it are trained again.
-
-    The optimiser's state is not shipped: what goes on learning starts with a new one.
+    The optimiser's state is not shipped: what goes on learning starts with a new one. Nor are the content module's
+    stages, of which the shipped one is a blend: they are trained again.
     """
     checkpoint, _ = read(WEIGHTS / "checkpoint.safetensors")
     vision, _ = read(WEIGHTS / "clip_vision.safetensors")
