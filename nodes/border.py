@@ -14,10 +14,14 @@ def to_core(image: Tensor, what: str) -> Tensor:
     for number, finite in enumerate(torch.isfinite(image).flatten(1).all(1).tolist(), 1):
         if not finite:
             raise ValueError(
-                f"{what[0].upper() + what[1:]} {number} has pixels that are not numbers (NaN or infinite): "
+                f"{upper(what)} {number} has pixels that are not numbers (NaN or infinite): "
                 "look at the node that made it, often a VAE in half precision."
             )
     return rgb(image.movedim(-1, 1)).float().cpu().contiguous()  # with --gpu-only they lie on the GPU
+
+
+def upper(what: str) -> str:
+    return what[:1].upper() + what[1:]  # "LQ image" keeps its capitals
 
 
 def rgb(images: Tensor) -> Tensor:
@@ -32,13 +36,13 @@ def to_photos(image: Tensor, what: str) -> Tensor:
     height, width = image.shape[1:3]
     if min(height, width) < SMALLEST_PHOTO:
         raise ValueError(
-            f"{what[0].upper() + what[1:]} 1 has only {width}x{height} pixels, and a face needs at least "
+            f"{upper(what)} 1 has only {width}x{height} pixels, and a face needs at least "
             f"{SMALLEST_PHOTO}: use a larger photo."
         )
     photos = to_core(image, what)
     for number, brightest in enumerate(photos.flatten(1).amax(1).tolist(), 1):
         if brightest <= 0:
-            raise ValueError(f"{what[0].upper() + what[1:]} {number} is completely black: connect a photo with a face.")
+            raise ValueError(f"{upper(what)} {number} is completely black: connect a photo with a face.")
     return photos
 
 

@@ -108,6 +108,14 @@ def test_face_models_one_folder_too_deep_are_found(comfyui):
     assert doctor.model_file(known_models.RECOGNISER, folders, False).state == "ok"
 
 
+def test_models_lie_in_the_base_directory(comfyui, tmp_path_factory, capsys):
+    base = tmp_path_factory.mktemp("base")
+    (comfyui / "models").rename(base / "models")
+    (base / "output").mkdir()
+    assert run(comfyui, "ridfr_sd15_tile", capsys=capsys)[0] == 1
+    assert run(comfyui, "--base-directory", str(base), "ridfr_sd15_tile", capsys=capsys)[0] == 0
+
+
 def test_a_converted_recogniser_will_do(comfyui):
     path = comfyui / "models" / "insightface" / known_models.RECOGNISER.path
     cli.main(["convert", str(path)])
