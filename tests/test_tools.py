@@ -248,10 +248,9 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.fixture
-def history(checkout):
-    """The nano workflow, its graph, and what a server would say it put out for two people."""
-    workflow = json.loads((checkout / "workflows" / "ridfr_nano.json").read_text(encoding="utf-8"))
+def history(path: Path):
+    """A workflow, its graph, and what a server would say it put out for two people."""
+    workflow = json.loads(path.read_text(encoding="utf-8"))
     nodes = [node for node in workflow["nodes"] if node["type"] != "MarkdownNote"]
     graph, outputs = {}, {}
     for node in nodes:
@@ -264,9 +263,12 @@ def history(checkout):
     return workflow, graph, outputs
 
 
-def test_outputs_are_sorted_into_the_sheets_columns(history):
-    results = demo.collect(*history)
-    assert list(results.images) == ["LQ", "blind", "RIDFR", "ground truth", "reference"]
+def test_outputs_are_sorted_into_the_sheets_columns():
+    results, guided = (demo.collect(*history(path)) for path in demo.WORKFLOWS)
+    assert set(results.images) == {"LQ", "blind", "RIDFR", "ground truth", "reference"}
+    assert set(guided.images) == {"RIDFR", "RIDFR, guided", "ground truth"}
+    assert set((results | guided).images) == set(demo.COLUMNS.values())
+    assert set((results | guided).similarity) == set(demo.SIMILARITIES.values())
     assert [entry["filename"] for entry in results.images["ground truth"]] == ["ridfr_nano/truth_1.png",
                                                                                "ridfr_nano/truth_2.png"]
     assert results.similarity["RIDFR"] == [len("Similarity: RIDFR") / 100, None]

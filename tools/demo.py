@@ -1,4 +1,7 @@
-"""The demo: workflows/ridfr_nano.json through a real server, and a contact sheet of what came out."""
+"""The demo: two graphs through a real server, and a contact sheet of what came out.
+
+workflows/ridfr_nano.json restores blindly and with RIDFR; ridfr_nano_guided.json adds ID-Preserving Sampling.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,21 @@ from .cache import CHECKOUT
 from .server import Client, PromptError, Server, device_flags, link_pack
 from .steps import StepError, say
 
-WORKFLOW = CHECKOUT / "workflows" / "ridfr_nano.json"
+WORKFLOWS = [CHECKOUT / "workflows" / name for name in ("ridfr_nano.json", "ridfr_nano_guided.json")]
 SHEET = CHECKOUT / "output" / "ridfr_nano.png"
-COLUMNS = {"lq": "LQ", "blind": "blind", "ridfr": "RIDFR", "truth": "ground truth", "reference": "reference"}
+COLUMNS = {"lq": "LQ", "blind": "blind", "ridfr": "RIDFR", "guided": "RIDFR, guided",
+           "truth": "ground truth", "reference": "reference"}
 SIMILARITIES = {"Similarity: LQ": "LQ", "Similarity: blind": "blind", "Similarity: RIDFR": "RIDFR",
-                "Similarity: reference": "reference"}
+                "Similarity: RIDFR and guidance": "RIDFR, guided", "Similarity: reference": "reference"}
 
 
 @dataclass(frozen=True)
 class Results:
     images: dict[str, list[dict]]  # column -> the server's entry of each person's picture
     similarity: dict[str, list[float | None]]  # column -> each person's to the ground truth; None: no face was found
+
+    def __or__(self, other: Results) -> Results:
+        return Results(self.images | other.images, self.similarity | other.similarity)
 
 
 def main() -> None:
@@ -51,18 +58,21 @@ def demo(tree: Path, base: Path, sheet: Path) -> None:
     from PIL import Image
 
     began = time.monotonic()
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    results = Results({}, {})
     link_pack(base)
     say("starting ComfyUI")
     with Server(sys.executable, tree, base, device_flags(sys.executable)) as server, Client(server.url) as client:
-        graph = to_api(workflow, client.object_info())
-        say(f"running {WORKFLOW.name} on {server.url}")
-        outputs = client.run(graph, Progress(graph))["outputs"]
-        results = collect(workflow, graph, outputs)
-        pictures = {column: [Image.open(io.BytesIO(client.image(entry))).convert("RGB") for entry in entries]
-                    for column, entries in results.images.items()}
-    draw(pictures, results.similarity, sheet)
-    print(table(results.similarity))
+        nodes = client.object_info()
+        for path in WORKFLOWS:
+            workflow = json.loads(path.read_text(encoding="utf-8"))
+            graph = to_api(workflow, nodes)
+            say(f"running {path.name} on {server.url}")
+            results |= collect(workflow, graph, client.run(graph, Progress(graph))["outputs"])
+        pictures = {column: [Image.open(io.BytesIO(client.image(entry))).convert("RGB")
+                             for entry in results.images[column]] for column in COLUMNS.values()}
+    similarity = {column: results.similarity[column] for column in SIMILARITIES.values()}
+    draw(pictures, similarity, sheet)
+    print(table(similarity))
     say(f"contact sheet: {sheet} ({time.monotonic() - began:.0f} s)")
 
 
@@ -78,13 +88,12 @@ def to_api(workflow: dict, object_info: dict) -> dict:
 
 def collect(workflow: dict, graph: dict, outputs: dict) -> Results:
     """Sort a prompt's outputs into the sheet's columns: pictures by SaveImage's prefix, similarities by title."""
-    images = {}
-    for node, api in graph.items():
-        if api["class_type"] == "SaveImage":
-            images[COLUMNS[api["inputs"]["filename_prefix"].rpartition("/")[2]]] = outputs[node]["images"]
+    prefixes = {node: Path(api["inputs"]["filename_prefix"]).name
+                for node, api in graph.items() if api["class_type"] == "SaveImage"}
     titles = {node.get("title"): str(node["id"]) for node in workflow["nodes"]}
-    similarity = {column: outputs[titles[title]]["similarity"] for title, column in SIMILARITIES.items()}
-    return Results({column: images[column] for column in COLUMNS.values()}, similarity)
+    return Results({COLUMNS[name]: outputs[node]["images"] for node, name in prefixes.items() if name in COLUMNS},
+                   {column: outputs[titles[title]]["similarity"]
+                    for title, column in SIMILARITIES.items() if title in titles})
 
 
 TITLE = """ID similarity to the ground truth. 1: the same picture, 0: a stranger; the reference, another photo of the
