@@ -11,7 +11,7 @@ from ridfr_core.layouts import vae_to_ldm
 from ridfr_core.nano import WEIGHTS
 from ridfr_core.training import nano_diffusion, nano_figures, nano_vae
 from ridfr_core.training.loop import Run
-from ridfr_core.training.nano import NanoTraining
+from ridfr_core.training.nano import ALIGNED, NanoTraining
 from ridfr_core.training.nano_shipped import CAPTIONS, adopt, from_ldm
 
 
@@ -48,3 +48,13 @@ def test_the_base_goes_on_with_the_captions_it_knows(tmp_path):
     _, captions = nano_diffusion.train_base(tmp_path, material=None)
     shipped, _ = read(CAPTIONS)
     assert all(torch.equal(weight, shipped[name].float()) for name, weight in captions.state_dict().items())
+
+
+def test_the_shipped_content_lies_between_its_two_stages(tmp_path):
+    nano = NanoTraining(tmp_path)
+    nano.content, nano.aligned = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        nano.content.weight.copy_(torch.tensor([[0.0, 10.0]]))
+        nano.aligned.weight.copy_(torch.tensor([[10.0, 0.0]]))
+    torch.testing.assert_close(nano.blended.weight, 10 * torch.tensor([[ALIGNED, 1 - ALIGNED]]))
+    assert nano.aligned.weight[0, 0] == 10, "the blend is a copy"

@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from ridfr_core.faces import align
+from ridfr_core.nano import WEIGHTS
+from ridfr_core.recognition import load_iresnet
 from ridfr_core.training import nano_diffusion, nano_vae
 from ridfr_core.training.loop import Recipe, Run
 from ridfr_core.training.portrait_data import portrait_set
 from ridfr_core.training.settings import TrainingError
+from ridfr_core.training.small_faces import small_crops, teach
 
 RECIPE = Recipe(steps=30, batch=8, lr=0.01, warmup=3, seed=7)
 
@@ -82,6 +86,26 @@ def test_the_decoder_trains_on_while_the_latents_stay(tmp_path):
     nano_vae.train_decoder(tmp_path, portraits, vae, Recipe(steps=2, batch=4, lr=1e-3, warmup=1))
     changed = {key.split(".")[0] for key, weight in vae.state_dict().items() if not torch.equal(weight, before[key])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_small_faces_are_drawn_to_what_the_teacher_says_of_whole_ones(tmp_path):
+    torch.manual_seed(0)
+    path = WEIGHTS / "insightface" / "models" / "nano" / "rec_nano.onnx"
+    teacher, student, portraits = load_iresnet(path), load_iresnet(path), portrait_set(tmp_path, "val", 4, 3)
+    for weight in student.parameters():
+        weight.data *= 1 + 0.2 * torch.randn_like(weight) * (weight.ndim > 1)
+    before, rows = copy.deepcopy(student), torch.arange(12)
+
+    def alike(student):
+        small = small_crops(portraits, rows, 16, torch.Generator().manual_seed(1))
+        whole = align(portraits.batch(rows), portraits.landmarks[rows]) * 2 - 1
+        with torch.no_grad():
+            return torch.cosine_similarity(student(small), teacher(whole)).mean()
+
+    teach(tmp_path, student, teacher, portraits, Recipe(steps=15, batch=12, lr=1e-3, warmup=1, ema=0.5))
+    assert alike(student) > alike(before) + 0.1
+    for name, weight in student.named_parameters():
+        assert torch.equal(weight, before.get_parameter(name)) == (weight.ndim == 1)
 
 
 def test_standardised_latents_keep_what_the_decoder_shows():

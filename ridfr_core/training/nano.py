@@ -25,6 +25,7 @@ from .files import write_whole
 from .nano_shipped import CAPTIONS, adopt
 from .portrait_data import portrait_set
 from .recogniser import train_recogniser
+from .small_faces import train_small_faces
 
 PEOPLE, VIEWS = 3000, 8
 ALIGNED = 0.7  # the share of the aligned weights in the content module that is shipped
@@ -115,6 +116,7 @@ class NanoTraining:
 
 STAGES = {
     "recogniser": lambda nano: train_recogniser(nano.work, "recogniser", threads=torch.get_num_threads()),
+    "small": lambda nano: train_small_faces(nano.work),
     "judge": lambda nano: train_recogniser(nano.work, "judge", threads=torch.get_num_threads()),
     "detector": lambda nano: train_detector(nano.work, threads=torch.get_num_threads()),
     "vae": lambda nano: nano.vae,

@@ -4,6 +4,7 @@ Everything that stays fixed (latents, embeddings, CLIP features) is computed ahe
 every step. The networks are diffusers' own, so what is trained here has the layout of the real models.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -25,10 +26,10 @@ from .portrait_data import PortraitSet
 from .references import shrink
 
 BASE = Recipe(steps=11500, batch=16, lr=1e-3, ema=0.998)
-ADAPT = Recipe(steps=8600, batch=16, lr=8e-4, ema=0.997)
+ADAPT = Recipe(steps=10100, batch=16, lr=8e-4, ema=0.997)
 CONTENT = Recipe(steps=3000, batch=16, lr=8e-4, ema=0.997)
 ALIGN = Recipe(steps=700, batch=8, lr=3e-4, ema=0.99)
-REFERENCES = torch.tensor([128, 64, 32, 16])  # pixels: the whole portrait to an eighth, as the paper's 512 to 64
+REFERENCES = (128, 64, 32, 16)  # pixels: the whole portrait to an eighth, as the paper's 512 to 64
 LAMBDA = 0.1  # of the shipped weights; the paper's 1.0 cost 5 % of the identity similarity here
 
 SEVERE = DegradationRange(sigma=(2.0, 4.0), ratio=(6.0, 10.0), noise=(5.0, 15.0), quality=(40, 80))
@@ -134,13 +135,17 @@ class Material:
         """Severely degraded portraits as the content module takes them: [B,3,16,16] in its value range."""
         return prepare_lq(self.degraded(rows, generator), self.latents.shape[-2:], SPEC)
 
-    def identity(self, rows: Tensor, drop: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def identity(self, rows: Tensor, drop: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """(embeddings, CLIP features) of these portraits, each at its size [B]; where `drop` is true, of nobody."""
-        sizes = [PORTRAIT] * len(rows) if sizes is None else sizes.tolist()
-        photos = zip(sizes, rows.tolist())
+        photos = zip(sizes.tolist(), rows.tolist())
         seen = [tuple(feature[row].float() for feature in self.references(size)) for size, row in photos]
         embeddings, clip = map(torch.stack, zip(*seen))
         return torch.where(drop[:, None], 0.0, embeddings), torch.where(drop[:, None, None], self.clip_zero, clip)
+
+
+def drawn(sizes: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
+    """`count` of the sizes, each as likely."""
+    return torch.tensor(sizes)[torch.randint(len(sizes), (count,), generator=generator)]
 
 
 def encoder_of(vae: nn.Module) -> nn.Module:
@@ -179,7 +184,10 @@ def train_base(run_folder, material: Material, recipe: Recipe = BASE) -> tuple[n
 
 
 def train_adapter(run_folder, material: Material, unet: nn.Module, recipe: Recipe = ADAPT) -> IdentityAdapter:
-    """IP-Adapter's training: every portrait is its own reference, UNet frozen, identity dropped now and then."""
+    """IP-Adapter's training: every portrait is its own reference, UNet frozen, identity dropped now and then.
+
+    Half of the references are down-sampled, so that the adapter has met small ones before alignment holds it fixed.
+    """
     torch.manual_seed(recipe.seed)
     adapter, noise_schedule = build_adapter(unet, **ADAPTER), schedule()
     let_identity_in(unet)
@@ -187,9 +195,10 @@ def train_adapter(run_folder, material: Material, unet: nn.Module, recipe: Recip
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = material.rows(recipe, generator)
         drop = torch.rand(recipe.batch, generator=generator) < 0.1
+        sizes = drawn((PORTRAIT, PORTRAIT, *REFERENCES), recipe.batch, generator)
         noised = Noised.draw(material.latents[rows].float(), noise_schedule, generator)
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = adapter.tokens(*material.identity(rows, drop), shortcut=True)
+            tokens = adapter.tokens(*material.identity(rows, drop, sizes), shortcut=True)
             guess = predict(unet, None, noised, identity=adapter.keys_values(tokens))
         return error(guess, noised.target, material.weight(rows))
 
@@ -233,7 +242,7 @@ def train_aligned(
         rows = material.rows(recipe, generator)
         turns = torch.rand(recipe.batch, views - 1, generator=generator).argsort(1)[:, :2] + 1
         references = (rows - rows % views)[:, None] + (rows[:, None] + turns) % views  # two other views of the person
-        sizes = REFERENCES[torch.randint(len(REFERENCES), (2 * recipe.batch,), generator=generator)]
+        sizes = drawn(REFERENCES, 2 * recipe.batch, generator)
         nobody = torch.rand(recipe.batch, generator=generator) < 0.2
         noised = Noised.draw(material.latents[rows].float(), noise_schedule, generator)
         twice, lq = noised.repeat(2), material.lq(rows, generator).repeat(2, 1, 1, 1)

@@ -8,7 +8,7 @@ traits); `judge` only evaluates it, so that a restorer cannot please it by overf
 network with CosFace's margin on other people.
 Both are written in insightface's ONNX format. `recognition.json` beside the weights records per role: steps, seconds,
 loss (the last), people and views trained on, parameters, and on held-out test people tar (true accepts at FAR 1 %),
-genuine and impostor (mean cosines).
+genuine and impostor (mean cosines). `small_faces` then teaches `recogniser` to read small ones.
 """
 
 import json
@@ -172,13 +172,16 @@ def training_crops(images: Tensor, landmarks: Tensor, generator: torch.Generator
     return crops.clamp(0, 1) * 2 - 1
 
 
-def verification(embeddings: Tensor, people: Tensor, far: float = 0.01) -> dict[str, float]:
+def verification(
+    embeddings: Tensor, people: Tensor, far: float = 0.01, against: Tensor | None = None
+) -> dict[str, float]:
     """Accuracy at telling pairs of one person from pairs of two, over all pairs.
 
-    embeddings: [N,512], unit length; people: [N]. Returns tar, the share of genuine pairs above the cosine that a share
-    `far` of the impostor pairs exceeds, and the mean cosine of genuine and of impostor pairs.
+    embeddings: [N,512], unit length; people: [N]; against: other embeddings [N,512] of the same people, for the second
+    of each pair. Returns tar, the share of genuine pairs above the cosine that a share `far` of the impostor pairs
+    exceeds, and the mean cosine of genuine and of impostor pairs.
     """
-    cosine = embeddings @ embeddings.T
+    cosine = embeddings @ (embeddings if against is None else against).T
     same = people[:, None] == people[None]
     pair = torch.ones_like(same).triu(1)
     genuine, impostor = cosine[same & pair], cosine[~same & pair]
