@@ -9,12 +9,13 @@ from torch import nn
 
 from ridfr_core.faces import align
 from ridfr_core.nano import WEIGHTS
-from ridfr_core.recognition import load_iresnet
+from ridfr_core.recognition import embed, load_iresnet
 from ridfr_core.training import nano_diffusion, nano_vae
 from ridfr_core.training.loop import Recipe, Run
 from ridfr_core.training.portrait_data import portrait_set
+from ridfr_core.training.recogniser import export_onnx
 from ridfr_core.training.settings import TrainingError
-from ridfr_core.training.small_faces import small_crops, teach
+from ridfr_core.training.small_faces import small_crops, teach, with_batch_norms
 
 RECIPE = Recipe(steps=30, batch=8, lr=0.01, warmup=3, seed=7)
 
@@ -106,6 +107,13 @@ def test_small_faces_are_drawn_to_what_the_teacher_says_of_whole_ones(tmp_path):
     assert alike(student) > alike(before) + 0.1
     for name, weight in student.named_parameters():
         assert torch.equal(weight, before.get_parameter(name)) == (weight.ndim == 1)
+
+
+def test_what_learnt_small_faces_is_written_as_insightface_has_it(tmp_path):
+    net = load_iresnet(WEIGHTS / "insightface" / "models" / "nano" / "rec_nano.onnx")
+    export_onnx(with_batch_norms(net), tmp_path / "rec.onnx")
+    again, crops = load_iresnet(tmp_path / "rec.onnx"), torch.rand(2, 3, 112, 112)
+    torch.testing.assert_close(embed(again, crops), embed(net, crops))
 
 
 def test_standardised_latents_keep_what_the_decoder_shows():

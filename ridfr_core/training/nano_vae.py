@@ -8,7 +8,7 @@ from .loop import Recipe, Run
 from .portrait_data import PortraitSet
 
 RECIPE = Recipe(steps=7000, batch=16, lr=1.5e-3, ema=0.998, cooldown=0.5)
-DECODER = Recipe(steps=3000, batch=16, lr=6e-4, ema=0.998, cooldown=0.6)
+DECODER = Recipe(steps=500, batch=4, lr=4e-4, ema=0.99, cooldown=0.8, warmup=20)
 WINDOW = 64
 WHOLE = 0.93  # from this share of the steps on: whole portraits, in smaller batches, instead of windows
 
@@ -26,7 +26,10 @@ def train(run_folder, portraits: PortraitSet, recipe: Recipe = RECIPE) -> nn.Mod
     vae = build()
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        images, weight = batch(portraits, recipe, step, generator)
+        whole = step >= WHOLE * recipe.steps
+        images, weight, landmarks = batch(portraits, recipe.batch // 4 if whole else recipe.batch, generator)
+        if not whole:
+            images, weight = windows(images, weight, landmarks, generator)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
@@ -41,11 +44,14 @@ def train(run_folder, portraits: PortraitSet, recipe: Recipe = RECIPE) -> nn.Mod
 
 
 def train_decoder(run_folder, portraits: PortraitSet, vae: nn.Module, recipe: Recipe = DECODER) -> nn.Module:
-    """Train the decoder on, with the encoder as it is: whatever was trained on the latents stays valid."""
+    """Train the decoder on, with the encoder as it is: whatever was trained on the latents stays valid.
+
+    On whole portraits alone: its group norms measure the picture, and 1,200 steps on windows cost 1.3 dB.
+    """
     halves = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        images, weight = batch(portraits, recipe, step, generator)
+        images, weight, _ = batch(portraits, recipe.batch, generator)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 latents = vae.encode(images).latent_dist.mode()
@@ -56,16 +62,15 @@ def train_decoder(run_folder, portraits: PortraitSet, vae: nn.Module, recipe: Re
     return vae.requires_grad_(False)
 
 
-def batch(portraits: PortraitSet, recipe: Recipe, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Windows of portraits in [-1,1] and the weights of their pixels; towards the end of a run, whole portraits.
+def batch(portraits: PortraitSet, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Portraits in [-1,1], the weights of their pixels, and landmarks.
 
     At eight pixels to a latent an eye is hardly more than one latent wide, and a plain mean error spends the latents on
-    hair and background. So most windows lie on the face, and what is near the five landmarks counts more.
+    hair and background. So what is near the five landmarks counts more.
     """
-    whole = step >= WHOLE * recipe.steps
-    rows = torch.randint(len(portraits), (recipe.batch // 4 if whole else recipe.batch,), generator=generator)
-    images, weight = portraits.batch(rows) * 2 - 1, near(portraits.landmarks[rows], PORTRAIT, radius=9)
-    return (images, weight) if whole else windows(images, weight, portraits.landmarks[rows], generator)
+    rows = torch.randint(len(portraits), (count,), generator=generator)
+    landmarks = portraits.landmarks[rows]
+    return portraits.batch(rows) * 2 - 1, near(landmarks, PORTRAIT, radius=9), landmarks
 
 
 def difference(decoded: Tensor, images: Tensor, weight: Tensor) -> Tensor:

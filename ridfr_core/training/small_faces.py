@@ -4,6 +4,7 @@ The embedding of a shrunken portrait is drawn to the one that the recogniser gav
 space of embeddings stays, and with it what was trained on it.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from ..faces import align
 from ..nano import WEIGHTS
-from ..recognition import IResNet, embed, load_iresnet
+from ..recognition import Affine, IResNet, embed, load_iresnet
 from .loop import Recipe, Run
 from .portrait_data import PortraitSet, portrait_set
 from .recogniser import ROLES, export_onnx, record, training_crops, verification
@@ -31,7 +32,7 @@ def train_small_faces(work: Path) -> dict:
     path, portraits = WEIGHTS / role.file, portrait_set(work, role.split, role.people, role.views)
     student = load_iresnet(path)
     run = teach(work, student, load_iresnet(path), portraits)
-    export_onnx(student, path)
+    export_onnx(with_batch_norms(student), path)
     sizes = at_sizes(student, portrait_set(work, "test", 200, 6))
     figures = {f"{name}_{size}": value for size, found in sizes.items() for name, value in found.items()}
     figures |= {"steps": run.step, "seconds": round(run.seconds), "loss": run.history[-1]["loss"]}
@@ -62,6 +63,20 @@ def small_crops(portraits: PortraitSet, rows: Tensor, size: int, generator: torc
     """Aligned crops [B,3,112,112] in [-1,1] of portraits shrunk to size x size, with a detector's and a camera's
     errors."""
     return training_crops(*shrink(portraits.batch(rows), portraits.landmarks[rows], size), generator)
+
+
+def with_batch_norms(net: IResNet) -> IResNet:
+    """A copy with batch norms for its affine layers, as insightface's files have them."""
+    net = copy.deepcopy(net)
+    for parent in [*net.modules()]:
+        for name, child in parent.named_children():
+            if isinstance(child, Affine):
+                kind = nn.BatchNorm1d if child is net.features else nn.BatchNorm2d
+                norm = kind(len(child.scale))
+                norm.weight, norm.bias = child.scale, child.shift
+                norm.running_var -= norm.eps
+                setattr(parent, name, norm)
+    return net
 
 
 @torch.no_grad()
