@@ -41,8 +41,10 @@ def test_outside_its_range_nothing_is_guided():
 
 
 def test_the_grid():
-    grid = cells((0.1, 0.2), (1, 2), ((0.0, 1.0), (0.5, 1.0)), ("face",))
-    assert len(grid) == len(set(grid)) == 2 * (1 + 8)
+    grid = cells((0.1, 0.2), (1, 2), ((0.0, 1.0), (0.5, 1.0)), ("face", "whole picture"))
+    assert len(grid) == len(set(grid)) == 2 * (1 + 4 + 1 + 1)
+    assert Cell(True, 0.2, 2) in grid and Cell(True, 0.1, start=0.5) in grid
+    assert Cell(False, 0.1, decode="whole picture") in grid
     assert [cell.step for cell in grid].count(0.0) == 2 and grid[0] == Cell(adapter=False)
 
 

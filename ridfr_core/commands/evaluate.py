@@ -73,11 +73,13 @@ def describe_guidance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the table (default: docs)")
     parser.add_argument("--people", type=int, default=48, help="default: 48")
     parser.add_argument("--seeds", type=int, default=3, help="start noises of each person (default: 3)")
-    parser.add_argument("--steps", type=float, nargs="+", default=(0.03, 0.1, 0.2, 0.4), help="step sizes")
+    parser.add_argument("--steps", type=float, nargs="+", default=(0.03, 0.1, 0.2), help="step sizes")
     parser.add_argument("--iterations", type=int, nargs="+", default=(1, 2, 4))
-    parser.add_argument("--ranges", type=part, nargs="+", default=((0.0, 1.0),), metavar="START-END",
-                        help="parts of the run, as in 0-1 0.3-1")
-    parser.add_argument("--decode", nargs="+", default=("face",), help="decode modes, as in face 'whole picture'")
+    parser.add_argument("--ranges", type=part, nargs="+", default=((0.0, 1.0), (0.0, 0.5), (0.5, 1.0)),
+                        metavar="START-END", help="parts of the run, as in 0-1 0.3-1; step sizes and iterations are "
+                                                  "varied in the first, the others take the node's step")
+    parser.add_argument("--decode", nargs="+", default=("face", "whole picture"),
+                        help="decode modes, likewise (default: face 'whole picture')")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
 
 

@@ -23,6 +23,7 @@ from .restorer import Restorer
 from .shipped import nano_adapter, nano_restorer, nano_tower
 
 ARMS = {False: "blind content", True: "identity adapter"}
+STEP = 0.1  # the node's default
 MEASURES = ("judge", "guiding", "psnr")
 
 
@@ -132,12 +133,15 @@ class Sweep:
                       alphas=self.alphas)
 
 
-def cells(steps: Iterable[float], iterations: Iterable[int], ranges: Iterable[tuple[float, float]],
-          decodes: Iterable[str]) -> list[Cell]:
-    """The grid for both arms, each without guidance first."""
-    return [cell for adapter in ARMS for cell in (
-        Cell(adapter), *(Cell(adapter, step, n, *part, decode)
-                         for decode, part, n, step in product(decodes, ranges, iterations, steps)))]
+def cells(steps: Iterable[float], iterations: Iterable[int], ranges: Sequence[tuple[float, float]],
+          decodes: Sequence[str]) -> list[Cell]:
+    """For both arms: no guidance; every step size with every number of iterations over the first range, in the first
+    mode; every further range and every further mode with the node's step and one iteration."""
+    grid = [*((step, n, ranges[0], decodes[0]) for n, step in product(iterations, steps)),
+            *((STEP, 1, part, decodes[0]) for part in ranges[1:]),
+            *((STEP, 1, ranges[0], decode) for decode in decodes[1:])]
+    return [cell for adapter in ARMS
+            for cell in (Cell(adapter), *(Cell(adapter, step, n, *part, decode) for step, n, part, decode in grid))]
 
 
 def row(cell: Cell, measured: dict[str, Tensor], plain: dict[str, Tensor]) -> list[str]:

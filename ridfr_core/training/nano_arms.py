@@ -15,7 +15,7 @@ from . import nano_diffusion
 from .loop import Recipe
 from .nano_diffusion import ALIGN, CONTENT, Material, latents_of
 
-LAMBDAS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+LAMBDAS = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 class LatentMaterial(Material):
