@@ -52,7 +52,7 @@ def arms(tmp_path, shipped, monkeypatch):
 def test_the_report_has_every_table_and_is_remade_from_what_was_measured(tmp_path, bench, shipped, arms, monkeypatch):
     monkeypatch.setattr(nano_report, "LAMBDAS", (0.0, 1.0, 30.0))
     path = tmp_path / "REPORT.md"
-    report = nano_report.NanoReport(bench, shipped, arms, 1, (2.0,), path)
+    report = nano_report.NanoReport(bench, shipped, arms, 2, (1.0, 2.0), path)
     report.write(["1", "4", "lambda", "2", "3"], "the command")
     text = path.read_text()
     for title in ("Table 1", "Table 2", "Table 3", "Table 4", "λ"):
