@@ -8,6 +8,7 @@ the content stage runs undisturbed, too, and both results are compared. ComfyUI 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def measure(stage: str, options: argparse.Namespace, more: list[str]) -> tuple[P
 
 
 def train(stage: str, options: argparse.Namespace, out: Path, steps: int, more: list[str]) -> Path:
+    gc.collect()  # the run before holds itself in cycles, with all its weights
     return run(stage, read_settings(stage, None, [
         f"data={options.work / 'photos'}", f"base={options.work / 'base'}", f"out={out}", f"steps={steps}",
         f"resolution={options.resolution}", f"batch={options.batch}", f"save_every={options.steps // 2}",

@@ -127,7 +127,9 @@ class Trainer:
         steps = range(self.progress.step, settings.steps)
         parts = draws_of_process(steps, settings.batch, settings.accumulate, accelerator.process_index,
                                  accelerator.num_processes)
-        return torch.utils.data.DataLoader(self.draws, batch_sampler=parts, num_workers=settings.workers,
+        # On a processor each forked worker would keep the weights as they were before the first step: memory doubles.
+        workers = 0 if accelerator.device.type == "cpu" else settings.workers
+        return torch.utils.data.DataLoader(self.draws, batch_sampler=parts, num_workers=workers,
                                            pin_memory=accelerator.device.type == "cuda")
 
     def _log(self, values: dict[str, float]) -> None:
