@@ -104,7 +104,7 @@ people with a face in every column."""
 def table(similarity: dict[str, list[float | None]]) -> str:
     """Each person's similarity to the ground truth, a column each, and the mean over the people with a face in all."""
     def row(name: str, values: list[float | None]) -> str:
-        return f"{name:<10}" + "".join(f"{'no face' if v is None else format(v, '.3f'):>12}" for v in values)
+        return f"{name:<10}" + "".join(f"{'no face' if v is None else format(v, '.3f'):>15}" for v in values)
 
     def mean(values: list[float]) -> float | None:
         return sum(values) / len(values) if values else None
@@ -112,7 +112,7 @@ def table(similarity: dict[str, list[float | None]]) -> str:
     people = list(zip(*similarity.values(), strict=True))
     found = [values for values in people if None not in values]
     means = [mean(list(column)) for column in zip(*found)] or [None] * len(similarity)
-    return "\n".join([TITLE, " " * 10 + "".join(f"{name:>12}" for name in similarity),
+    return "\n".join([TITLE, " " * 10 + "".join(f"{name:>15}" for name in similarity),
                       *(row(f"person {n}", values) for n, values in enumerate(people, 1)), row("mean", means)])
 
 
