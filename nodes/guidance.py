@@ -131,11 +131,11 @@ class IDPreservingSampling(io.ComfyNode):
                 io.Int.Input(
                     "find_every",
                     display_name="find the face again every",
-                    default=0,
+                    default=5,
                     min=0,
                     max=100,
-                    tooltip="After so many steps the face is looked for in the picture that is taking shape, since "
-                    "it may move; costs a whole decoding each time. 0: never.",
+                    tooltip="After so many steps the face is looked for in the picture that is taking shape: in a "
+                    "very degraded photo its place is only a guess. Costs a whole decoding each time. 0: never.",
                 ),
             ],
             outputs=[
