@@ -68,9 +68,10 @@ def guidance(results: dict) -> str:
             "|---|---|---|---|---|---|"]
     for case in results["cases"]:
         for one in case["variants"]:
-            ratio = one["ratio"]
+            ratio, memory = one["ratio"], one["bytes_above_plain"]
+            memory = "not measured" if memory is None else f"{memory / 2**30:.2f} GiB"
             rows.append(f"| {case['base']} {case['size']} px, {case['dtype']} | {one['mode']} | {one['iterations']} "
-                        f"| {ratio['cfg 1']:.2f} | {ratio['cfg 2']:.2f} | {one['bytes_above_plain'] / 2**30:.2f} GiB |")
+                        f"| {ratio['cfg 1']:.2f} | {ratio['cfg 2']:.2f} | {memory} |")
     what = "A guided step over a plain one (`python -m tools.bench_guidance`).\n"
     return "\n".join([heading(results), what, *rows, ""])
 
