@@ -46,7 +46,7 @@ def train(run_folder, portraits: PortraitSet, recipe: Recipe = RECIPE) -> nn.Mod
 def train_decoder(run_folder, portraits: PortraitSet, vae: nn.Module, recipe: Recipe = DECODER) -> nn.Module:
     """Train the decoder on, with the encoder as it is: whatever was trained on the latents stays valid.
 
-    On whole portraits alone: its group norms measure the picture, and 1,200 steps on windows cost 1.3 dB.
+    On whole portraits alone: 1,200 steps on windows cost 1.3 dB, perhaps since group norms measure the whole picture.
     """
     halves = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
 
