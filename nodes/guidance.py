@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from server import PromptServer
 from torch import Tensor
 
-from ..ridfr_core.faces import FFHQ_TEMPLATE, align
+from ..ridfr_core.faces import align, usual_place
 from ..ridfr_core.guidance import AUTO, BEST, DECODE_MODES, MEAN, GuidanceError, references_of
 from ..ridfr_core.identity import Identity, check_recogniser
 from ..ridfr_core.line_chart import line_chart
@@ -224,8 +224,7 @@ def subjects(
                 f"No face was found in LQ image {number}: "
                 + ("its usual place is taken." if no_face == USUAL_PLACE else "it is not guided.")
             )
-    height, width = pictures.shape[-2:]
-    usual = (FFHQ_TEMPLATE + 0.5) * (torch.tensor([width, height]) / 512) - 0.5
+    usual = usual_place(*pictures.shape[:-3:-1])
     places = [usual if found is None else found for found in landmarks]
     embeddings = face_model.embed(align(pictures, torch.stack(places))) if references == AUTO else [None] * len(places)
     if no_face == LEAVE_ALONE:

@@ -23,6 +23,11 @@ FFHQ_TEMPLATE = torch.tensor(
      [313.08905, 371.15118]])
 
 
+def usual_place(width: int, height: int) -> Tensor:
+    """Landmarks [5,2] where pictures cut to a face have it, as FFHQ's."""
+    return (FFHQ_TEMPLATE + 0.5) * (torch.tensor([width, height]) / 512) - 0.5
+
+
 def similarity_transform(src: Tensor, dst: Tensor) -> Tensor:
     """Least-squares rotation, scale and shift that take points onto others (Umeyama 1991).
 

@@ -1,5 +1,6 @@
 """The sweep over held-out people: its grid, its rows, and the guided prediction in diffusers' loop."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -41,8 +42,8 @@ def test_outside_its_range_nothing_is_guided():
 
 
 def test_the_grid():
-    grid = cells((0.1, 0.2), (1, 2), ((0.0, 1.0), (0.5, 1.0)), ("face", "whole picture"))
-    assert len(grid) == len(set(grid)) == 2 * (1 + 4 + 1 + 1)
+    grid = cells((0.1, 0.2), (1, 2), ((0.0, 1.0), (0.5, 1.0)), ("face", "whole picture"), (0, 5))
+    assert len(grid) == len(set(grid)) == 2 * (1 + 4 + 1 + 1 + 2)
     assert Cell(True, 0.2, 2) in grid and Cell(True, 0.1, start=0.5) in grid
     assert Cell(False, 0.1, decode="whole picture") in grid
     assert [cell.step for cell in grid].count(0.0) == 2 and grid[0] == Cell(adapter=False)
@@ -53,5 +54,30 @@ def test_rows():
     better = {name: values + 0.1 for name, values in plain.items()}
     assert len(row(Cell(True), plain, plain)) == len(HEAD)
     values = row(Cell(True, 0.1), better, plain)
-    assert len(values) == len(HEAD) and values[8] == "0.100 [0.100, 0.100]"
+    assert len(values) == len(HEAD) and values[9] == "0.100 [0.100, 0.100]"
     assert values[-1].replace("-0.000", "0.000") == "0.000 [0.000, 0.000]"
+
+
+def test_the_face_is_looked_for_every_so_many_steps_and_a_face_unseen_stays_where_it_was():
+    alphas = torch.linspace(0.999, 0.01, 1000)
+    z, v = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    used, asked = [], []
+    restorer = guided(v, lambda eps, x, sigma, face: (used.append(face), (eps, torch.zeros(1)))[1], (999.0, 0.0), alphas)
+    first, moved = restorer.faces[0], guided_face(torch.zeros(3, 64, 64), LANDMARKS + 3, torch.ones(1, 512), (8, 8))
+
+    def find(number, z0):
+        asked.append((len(used), number))
+        torch.testing.assert_close(z0, (alphas[500].sqrt() * z - (1 - alphas[500]).sqrt() * v)[number:number + 1])
+        return moved if number == 0 and len(used) >= 4 else None
+
+    restorer = replace(restorer, find_every=2, find=find)
+    for _ in range(5):
+        restorer._predict(z, torch.tensor(500), None, (None, None), None)
+    assert asked == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    assert [face is moved for face in used] == [False] * 4 + [True] and used[0] is first
+
+
+def test_a_new_field_leaves_the_names_of_older_cells_alone():
+    assert Cell(True, 0.1).name == (("adapter", True), ("step", 0.1), ("iterations", 1), ("start", 0.0), ("end", 1.0),
+                                    ("decode", "face"))
+    assert Cell(True, 0.1, find_every=0).name == (*Cell(True, 0.1).name, ("find_every", 0))

@@ -108,7 +108,7 @@ class Guidance:
         recogniser = randomised(core.recognition.IResNet())
         face_model = core.face_model.FaceModel("random", None, recogniser, "")
         self.face_model = pack.nodes.managed.ManagedFaceModel(face_model, pack.nodes.managed.managed(recogniser))
-        landmarks = (core.faces.FFHQ_TEMPLATE + 0.5) * (case.size / 512) - 0.5
+        landmarks = core.faces.usual_place(case.size, case.size)
         references = torch.nn.functional.normalize(torch.randn(1, 512), dim=1)
         self.subject = self.module.Subject(torch.rand(3, case.size, case.size), landmarks, references)
 

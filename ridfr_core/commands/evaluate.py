@@ -71,6 +71,8 @@ def describe_guidance(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--work", type=Path, required=True, help="folder for portraits and what was measured")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the table (default: docs)")
+    parser.add_argument("--split", choices=("test", "val"), default="test",
+                        help="val: people to choose settings by (default: test)")
     parser.add_argument("--people", type=int, default=48, help="default: 48")
     parser.add_argument("--seeds", type=int, default=3, help="start noises of each person (default: 3)")
     parser.add_argument("--steps", type=float, nargs="+", default=(0.03, 0.1, 0.2), help="step sizes")
@@ -80,6 +82,9 @@ def describe_guidance(parser: argparse.ArgumentParser) -> None:
                                                   "varied in the first, the others take the node's step")
     parser.add_argument("--decode", nargs="+", default=("face", "whole picture"),
                         help="decode modes, likewise (default: face 'whole picture')")
+    parser.add_argument("--find-every", type=int, nargs="*", default=(0, 5),
+                        help="also with the face's place not given but found, and found again every so many steps; 0: "
+                             "never (default: 0 5)")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
 
 
@@ -134,9 +139,9 @@ def run_report(options: argparse.Namespace) -> None:
 def run_guidance(options: argparse.Namespace) -> None:
     from ..evaluation.guidance_sweep import cells, write
 
-    points = cells(options.steps, options.iterations, options.ranges, options.decode)
-    command = (f"ridfr evaluate guidance --work FOLDER --people {options.people} --seeds {options.seeds} --steps "
+    points = cells(options.steps, options.iterations, options.ranges, options.decode, options.find_every)
+    command = (f"ridfr evaluate guidance --work FOLDER --split {options.split} --people {options.people} --seeds {options.seeds} --steps "
                f"{' '.join(map(str, options.steps))} --iterations {' '.join(map(str, options.iterations))} --ranges "
                f"{' '.join(f'{a:g}-{b:g}' for a, b in options.ranges)} --decode "
-               f"{' '.join(map(repr, options.decode))}")
-    write(options.work, options.out, options.people, options.seeds, points, command)
+               f"{' '.join(map(repr, options.decode))} --find-every {' '.join(map(str, options.find_every))}")
+    write(options.work, options.out, options.split, options.people, options.seeds, points, command)

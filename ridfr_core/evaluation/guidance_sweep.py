@@ -1,16 +1,17 @@
-"""What ID-preserving sampling does at nano scale: step size x iterations x range x decode mode, on held-out people."""
+"""What ID-preserving sampling does at nano scale, on held-out people: step size x iterations x range x decode mode, and
+how often the face is looked for."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count, product
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..faces import align
+from ..faces import align, usual_place
 from ..guidance import DECODE_MODES, Ascent, FaceSimilarity, GuidedFace, guide, guided_face
 from ..metrics import psnr, similarity
 from ..nano.config import LATENT_SCALE
@@ -23,6 +24,7 @@ from .restorer import Restorer
 from .shipped import nano_adapter, nano_restorer, nano_tower
 
 ARMS = {False: "blind content", True: "identity adapter"}
+PLACES = {None: "given", 0: "once"}  # find_every, in words
 STEP = 0.1  # the node's default
 MEASURES = ("judge", "guiding", "psnr")
 
@@ -30,7 +32,8 @@ MEASURES = ("judge", "guiding", "psnr")
 @dataclass(frozen=True)
 class Cell:
     """One point of the sweep. adapter: with the identity adapter, or blind content alone; step: relative to the noise's
-    RMS, 0 is no guidance; start, end: of the run, 0 to 1; decode: a key of DECODE_MODES."""
+    RMS, 0 is no guidance; start, end: of the run, 0 to 1; decode: a key of DECODE_MODES. find_every: None, the face's
+    true place is given; else it is looked for as the node does it, in the LQ face and again every so many steps."""
 
     adapter: bool
     step: float = 0.0
@@ -38,25 +41,38 @@ class Cell:
     start: float = 0.0
     end: float = 1.0
     decode: str = "face"
+    find_every: int | None = None
+
+    @property
+    def name(self) -> tuple:
+        """Of all fields that are set, so that a new one leaves the old cells' names alone."""
+        return tuple((name, value) for name, value in asdict(self).items() if value is not None)
 
 
 @dataclass(frozen=True)
 class Guided(Restorer):
     """A Restorer whose predictions are guided by `ascend` towards `faces`, as the node does it, while t is in `range`
-    (first, last)."""
+    (first, last). find(number, z0): the face's place in an estimate [1,4,h,w], or None where none is seen; asked every
+    `find_every` steps (0: never)."""
 
     ascend: Ascent
-    faces: Sequence[GuidedFace]
+    faces: list[GuidedFace | None]
     range: tuple[float, float]
     alphas: Tensor
+    find_every: int = 0
+    find: Callable[[int, Tensor], GuidedFace | None] | None = None
+    steps: Iterator[int] = field(default_factory=count)
 
     def _predict(self, z, t, context, residuals, identity):
-        v = super()._predict(z, t, context, residuals, identity)
+        v, step = super()._predict(z, t, context, residuals, identity), next(self.steps)
         if not self.range[0] >= t >= self.range[1]:
             return v
         signal, noise = self.alphas[t].sqrt(), (1 - self.alphas[t]).sqrt()
         sigma = (noise / signal).expand(len(z))
-        z0, _ = guide(self.ascend, z / signal, signal * z - noise * v, sigma, self.faces)
+        z0 = signal * z - noise * v
+        if self.find_every and step and step % self.find_every == 0:
+            self.faces[:] = [self.find(i, z0[i:i + 1]) or face for i, face in enumerate(self.faces)]
+        z0, _ = guide(self.ascend, z / signal, z0, sigma, self.faces)
         return (signal * z - z0) / noise
 
 
@@ -72,11 +88,11 @@ class Picture(nn.Module):
 
 
 class Sweep:
-    """Restores the first `people` of the test split in every cell, with `seeds` start noises each; what was measured
-    stays in the work folder."""
+    """Restores the first `people` of a split in every cell, with `seeds` start noises each; what was measured stays in
+    the work folder."""
 
-    def __init__(self, work: Path, people: int, seeds: int, steps: int = 20):
-        self.bench, self.seeds, self.cache = HeldOut(work, people, 1, steps), range(seeds), work / "guidance"
+    def __init__(self, work: Path, split: str, people: int, seeds: int, steps: int = 20):
+        self.bench, self.seeds = HeldOut(work, people, 1, steps, split=split), range(seeds)
         self.method = Method(nano_restorer(), nano_adapter(), nano_tower())
         self.key = self.bench.key(self.method)
         bench, rows = self.bench, self.bench.references[:, 0]
@@ -105,7 +121,7 @@ class Sweep:
             measured = {name: similarity(seen[name], self.truth[name]) for name in seen}
             return measured | {"psnr": psnr(images, bench.truth)}
 
-        return kept(self.cache, (self.key, asdict(cell), seed), compute)
+        return kept(self.bench.cache, (self.key, cell.name, seed), compute)
 
     def _restore(self, cell: Cell, seed: int) -> Tensor:
         """Restored faces [P,3,S,S]; a person's start noise is the same in every cell."""
@@ -122,32 +138,49 @@ class Sweep:
         plain = self.method.restorer
         if cell.step == 0:
             return plain
-        bench, mode = self.bench, DECODE_MODES[cell.decode]
-        similarity = FaceSimilarity(Picture(plain.vae), bench.recogniser)
+        bench, mode, picture = self.bench, DECODE_MODES[cell.decode], Picture(plain.vae)
+        similarity = FaceSimilarity(picture, bench.recogniser)
         ascend = Ascent(similarity, cell.step, iterations=cell.iterations, checkpointed=mode.checkpointed)
-        size = tuple(side // 8 for side in bench.truth.shape[-2:])
-        faces = [guided_face(bench.lq[i], bench.landmarks[i], self.references[[i]], size, whole=mode.whole)
-                 for i in who.tolist()]
+        height, width = bench.truth.shape[-2:]
+
+        def face(i: int, image: Tensor, landmarks: Tensor) -> GuidedFace:
+            size = (height // 8, width // 8)
+            return guided_face(image, landmarks, self.references[who[[i]]], size, whole=mode.whole)
+
+        def found(i: int, image: Tensor) -> GuidedFace | None:
+            seen = bench.face_model.detector.detect(image)
+            return face(i, image, seen[0].landmarks) if seen else None
+
+        def find(i: int, z0: Tensor) -> GuidedFace | None:
+            return found(i, picture(z0)[0].clamp(0, 1))
+
+        if cell.find_every is None:
+            faces = [face(i, bench.lq[row], bench.landmarks[row]) for i, row in enumerate(who)]
+        else:
+            faces = [found(i, lq) or face(i, lq, usual_place(width, height)) for i, lq in enumerate(bench.lq[who])]
         fields = {name: getattr(plain, name) for name in Restorer.__dataclass_fields__}
         return Guided(**fields, ascend=ascend, faces=faces, range=(999 * (1 - cell.start), 999 * (1 - cell.end)),
-                      alphas=self.alphas)
+                      alphas=self.alphas, find_every=cell.find_every or 0, find=find)
 
 
 def cells(steps: Iterable[float], iterations: Iterable[int], ranges: Sequence[tuple[float, float]],
-          decodes: Sequence[str]) -> list[Cell]:
+          decodes: Sequence[str], searches: Iterable[int]) -> list[Cell]:
     """For both arms: no guidance; every step size with every number of iterations over the first range, in the first
-    mode; every further range and every further mode with the node's step and one iteration."""
+    mode; every further range, every further mode and every search (see `Cell.find_every`) with the node's step and one
+    iteration."""
     grid = [*((step, n, ranges[0], decodes[0]) for n, step in product(iterations, steps)),
             *((STEP, 1, part, decodes[0]) for part in ranges[1:]),
-            *((STEP, 1, ranges[0], decode) for decode in decodes[1:])]
+            *((STEP, 1, ranges[0], decode) for decode in decodes[1:]),
+            *((STEP, 1, ranges[0], decodes[0], every) for every in searches)]
     return [cell for adapter in ARMS
-            for cell in (Cell(adapter), *(Cell(adapter, step, n, *part, decode) for step, n, part, decode in grid))]
+            for cell in (Cell(adapter), *(Cell(adapter, step, n, *part, *how) for step, n, part, *how in grid))]
 
 
 def row(cell: Cell, measured: dict[str, Tensor], plain: dict[str, Tensor]) -> list[str]:
     """A table's row; the differences are to the same arm without guidance, with 95 % intervals over people."""
-    name = [ARMS[cell.adapter], "none", "", "", ""] if cell.step == 0 else \
-        [ARMS[cell.adapter], f"{cell.step:g}", str(cell.iterations), f"{cell.start:g} to {cell.end:g}", cell.decode]
+    name = [ARMS[cell.adapter], "none", *[""] * 4] if cell.step == 0 else \
+        [ARMS[cell.adapter], f"{cell.step:g}", str(cell.iterations), f"{cell.start:g} to {cell.end:g}", cell.decode,
+         PLACES.get(cell.find_every, f"every {cell.find_every}")]
     values = [f"{measured[m].mean():.3f}" for m in ("judge", "guiding")] + [f"{measured['psnr'].mean():.2f}"]
     if cell.step == 0:
         return [*name, *values, "", "", "", ""]
@@ -156,21 +189,23 @@ def row(cell: Cell, measured: dict[str, Tensor], plain: dict[str, Tensor]) -> li
     return [*name, *values, *(str(rise[m]) for m in MEASURES), str(gap)]
 
 
-HEAD = ["arm", "step size", "iterations", "range", "decode", "judge", "guiding", "PSNR", "judge, gain [95 %]",
+HEAD = ["arm", "step size", "iterations", "range", "decode", "face's place", "judge", "guiding", "PSNR", "judge, gain [95 %]",
         "guiding, gain [95 %]", "PSNR, gain in dB [95 %]", "gap: guiding's gain minus judge's [95 %]"]
 
 
-def write(work: Path, out: Path, people: int, seeds: int, points: Sequence[Cell], command: str) -> None:
+def write(work: Path, out: Path, split: str, people: int, seeds: int, points: Sequence[Cell], command: str) -> None:
     """Measure the cells and write guidance_sweep.md, .json and .png into `out`."""
-    sweep, measured, rows = Sweep(work, people, seeds), {}, []
+    sweep, measured, rows = Sweep(work, split, people, seeds), {}, []
     for number, cell in enumerate(points, 1):
         measured[cell] = sweep.measure(cell)
         rows.append(row(cell, measured[cell], measured[Cell(cell.adapter)]))
         print(f"{number}/{len(points)}", *rows[-1], sep=" | ", flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    text = (f"# The sweep\n\n`{command}`\n\n{people} people that no network has seen, {seeds} start noises each. "
+    text = (f"# The sweep\n\n`{command}`\n\n{people} people of the {split} split, {seeds} start noises each. "
             "*judge*: similarity to the true face by a recogniser that shares neither architecture nor training people "
-            "with the one that guides; *guiding*: by the latter.\n\n")
+            "with the one that guides; *guiding*: by the latter. *face's place*: given, by the landmarks that the "
+            "portrait was drawn with; once, found by the detector in the degraded face (its usual place where none is "
+            "found); every N, found again in the estimate after so many steps.\n\n")
     (out / "guidance_sweep.md").write_text(text + markdown(HEAD, rows) + "\n\n![the sweep](guidance_sweep.png)\n",
                                            encoding="utf-8")
     data = [{**asdict(cell), **{name: values.tolist() for name, values in found.items()}}
@@ -190,11 +225,11 @@ def plot(measured: dict[Cell, dict[str, Tensor]], path: Path) -> None:
         for i, iterations in enumerate(dict.fromkeys(cell.iterations for cell in guided)):
             first = guided[0]
             line = [Cell(adapter)] + [
-                cell for cell in guided if (cell.adapter, cell.iterations, cell.start, cell.end, cell.decode)
-                == (adapter, iterations, first.start, first.end, first.decode)]
+                cell for cell in guided if cell == replace(first, adapter=adapter, step=cell.step,
+                                                           iterations=iterations)]
             for name, style in (("judge", "-"), ("guiding", "--")):
                 axes.plot([cell.step for cell in line], [measured[cell][name].mean() for cell in line], style,
-                          color=f"C{i}", marker="o", label=f"{name}, {iterations} iterations")
+                          color=f"C{i}", marker="o", label=f"{name}, {iterations} iteration{'s' * (iterations > 1)}")
         axes.set(title=title, xlabel="step size, relative to the noise", ylabel="similarity to the true face")
         axes.legend(fontsize=8)
     figure.savefig(path)

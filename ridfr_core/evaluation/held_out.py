@@ -68,17 +68,19 @@ def kept(folder: Path, said: tuple, compute: Callable[[], dict[str, Tensor]]) ->
 
 
 class HeldOut:
-    """The first `people` of the test split: one severely degraded face of each, and photos of them in other views.
+    """The first `people` of a split (a key of `SPLITS`): one severely degraded face of each, and photos of them in other views.
 
     All restorations of a person begin with the same noise, whatever the method and the reference, so that only these
     make a difference. Faces are aligned by the landmarks they were drawn with, not by a detector.
     """
 
-    def __init__(self, work: Path, people: int, references: int, steps: int, weights: Path = WEIGHTS):
-        self.people, self.steps, self.cache = people, steps, work / "arms" / "measured"
+    def __init__(self, work: Path, people: int, references: int, steps: int, weights: Path = WEIGHTS,
+                 split: str = "test"):
+        self.people, self.steps, self.cache = people, steps, work / "measured" / split
         self.features: dict[tuple[nn.Module, int], tuple[Tensor, Tensor]] = {}
-        self.portraits = portrait_set(work, "test", people, 1 + references)
-        self.recogniser = load_face_model(weights / "insightface" / "models" / "nano").recogniser
+        self.portraits = portrait_set(work, split, people, 1 + references)
+        self.face_model = load_face_model(weights / "insightface" / "models" / "nano")
+        self.recogniser = self.face_model.recogniser
         self.judge = load_face_model(weights / "insightface" / "models" / "nano_judge").recogniser
         rows = torch.arange(len(self.portraits)).view(people, 1 + references)
         self.truth_rows, self.references = rows[:, 0], rows[:, 1:]

@@ -256,6 +256,7 @@ def plot(points: Sequence[tuple[float, float, float]], path: Path) -> None:
     axes.plot(variances, similarities, marker="o")
     for strength, x, y in points:
         axes.annotate(f"λ {strength:g}", (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.margins(0.1)  # room for the outermost labels
     axes.set(xlabel="identity variance", ylabel="identity similarity to the truth")
     figure.savefig(path)
 
