@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ridfr_core.faces import align, usual_place
 from ..ridfr_core.guidance import AUTO, BEST, DECODE_MODES, MEAN, GuidanceError, references_of
+from ..ridfr_core.guided_face import Sight
 from ..ridfr_core.identity import Identity, check_recogniser
 from ..ridfr_core.line_chart import line_chart
 from . import types
@@ -135,7 +136,7 @@ class IDPreservingSampling(io.ComfyNode):
                     min=0,
                     max=100,
                     tooltip="After so many steps the face is looked for in the picture that is taking shape: in a "
-                    "very degraded photo its place is only a guess. Costs a whole decoding each time. 0: never.",
+                    "very degraded photo its place is only a guess. Costs a decoding each time. 0: never.",
                 ),
             ],
             outputs=[
@@ -232,7 +233,10 @@ def subjects(
     size = max(len(people), len(pictures))
     people, rows = list(people) * (size // len(people)), list(range(len(pictures))) * (size // len(pictures))
     return [
-        Subject(pictures[row], places[row], references_of(person, references, embeddings[row]))
+        Subject(
+            None if places[row] is None else Sight(pictures[row], places[row]),
+            references_of(person, references, embeddings[row]),
+        )
         for person, row in zip(people, rows, strict=True)
     ]
 

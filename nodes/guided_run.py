@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import comfy.model_management as management
 import comfy.sd
@@ -20,10 +21,9 @@ from ..ridfr_core.guidance import (
     DecodeMode,
     FaceSimilarity,
     GuidanceError,
-    GuidedFace,
     guide,
-    guided_face,
 )
+from ..ridfr_core.guided_face import GuidedFace, Sight, guided_face, look_again
 from .managed import ManagedFaceModel
 
 KEY = "ridfr_guidance"
@@ -47,10 +47,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Subject:
-    """One element: the picture restored [3,H,W], its face's landmarks [5,2], its references [N,512]."""
+    """One element: its face as it was seen last, and its references [N,512]."""
 
-    picture: Tensor
-    landmarks: Tensor | None  # where it is not guided
+    sight: Sight | None  # where it is not guided
     references: Tensor
 
 
@@ -121,7 +120,7 @@ class Run:
         self.readings: list[Reading] = []
         self.found_at = 0
         self.record.steps, self.record.similarity, self.record.fallbacks = len(self.sigmas) - 1, {}, []
-        self.record.faces = [i for i, subject in enumerate(self.subjects, 1) if subject.landmarks is not None]
+        self.record.faces = [i for i, subject in enumerate(self.subjects, 1) if subject.sight]
         if self.record.faces:
             self._decode_by(plan.settings.mode, make_room=True)
 
@@ -179,7 +178,7 @@ class Run:
             self.ascent = Ascent(
                 similarity, settings.step, settings.relative, settings.iterations, settings.target, mode.checkpointed
             )
-            self.faces = [None if s.landmarks is None else self._face(s) for s in self.subjects]
+            self.faces = [self._face(subject) if subject.sight else None for subject in self.subjects]
             if make_room:
                 management.free_memory(self._memory(dtype), self.device)
             self.weights = borrowed(self.ascent, self.device, dtype)
@@ -197,24 +196,18 @@ class Run:
 
     def _face(self, subject: Subject) -> GuidedFace:
         whole = DECODE_MODES[self.mode].whole
-        face = guided_face(
-            subject.picture, subject.landmarks, subject.references.clone(), self.latent_size, self.scale, whole
-        )
+        face = guided_face(subject.sight, subject.references.clone(), self.latent_size, self.scale, whole)
         return face.to(self.device)
 
     def _find_faces(self, denoised: Tensor) -> None:
         """Look for the faces in the estimate itself; where there is none, the last place stays."""
         self.found_at = self.step
-        decoder = self.ascent.similarity.decoder
         prefix = "similarity.decoder."
         weights = {name.removeprefix(prefix): w for name, w in self.weights.items() if name.startswith(prefix)}
-        for i, subject in enumerate(self.subjects):
-            if subject.landmarks is None:  # it is to be left alone
-                continue
-            with torch.no_grad():
-                picture = torch.func.functional_call(decoder, weights, denoised[i : i + 1])[0].float().cpu().clamp(0, 1)
-            if found := self.face_model.detector.detect(picture):
-                self.subjects[i] = replace(subject, picture=picture, landmarks=found[0].landmarks)
+        decode = partial(torch.func.functional_call, self.ascent.similarity.decoder, weights)
+        for i, face in enumerate(self.faces):
+            if face and (sight := look_again(decode, self.face_model.detector, denoised[i : i + 1], face)):
+                self.subjects[i] = replace(self.subjects[i], sight=sight)
                 self.faces[i] = self._face(self.subjects[i])
 
     def _fall_back(self) -> None:
@@ -308,8 +301,8 @@ def for_batch(subjects: Sequence[Subject], shape: Sequence[int], scale: int) -> 
             "many people and LQ images as latents, or one for all."
         )
     height, width = (side * scale for side in shape[-2:])
-    for subject in subjects:
-        rows, columns = subject.picture.shape[-2:]
+    for sight in (subject.sight for subject in subjects if subject.sight):
+        rows, columns = sight.picture.shape[-2:]
         if abs(rows * width - columns * height) > 0.05 * rows * width:
             raise GuidanceError(
                 f"The LQ image is {columns}x{rows} but the latent is for {width}x{height}: connect the picture that "

@@ -10,7 +10,7 @@ z0 = x - sigma * eps. The gradient passes the VAE's decoder D and the recogniser
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,13 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .faces import ARCFACE_TEMPLATE, align, similarity_transform, warp_grid
+from .guided_face import GuidedFace
 from .identity import Person, best_photo, mean_embedding
-from .recognition import CROP_SIZE, embed
-
-# Brows to lower lip, cheek to cheek, in the pixels of the ArcFace crop: what the recogniser goes by.
-FACE = torch.tensor([[20.0, 34.0], [92.0, 34.0], [92.0, 106.0], [20.0, 106.0]])
-MARGIN = 2  # latent pixels decoded beyond it and thrown away: the decoder is not itself at its edges
+from .recognition import embed
 
 MEAN, BEST, AUTO = "mean", "best", "auto"
 
@@ -58,64 +54,6 @@ def sample(picture: Tensor, grid: Tensor) -> Tensor:
     """`F.grid_sample`, on the CPU for Apple's GPU, which has no gradient for it."""
     device = "cpu" if picture.device.type == "mps" else picture.device
     return F.grid_sample(picture.to(device), grid.to(device), align_corners=False).to(picture.device)
-
-
-@dataclass(frozen=True)
-class GuidedFace:
-    """One element's face: where it lies in the latent, how it is aligned, and whom it shall resemble.
-
-    box: (top, bottom, left, right) of what is decoded, in latent pixels. inner: [1,1,H,W], 1 where the decoded pixels
-    count. grid: [1,112,112,2], where `F.grid_sample` finds the ArcFace crop in them. surround: [1,3,112,112], the rest
-    of the crop, 0 where the decoded pixels go. references: [N,512], unit length.
-    """
-
-    box: tuple[int, int, int, int]
-    inner: Tensor
-    grid: Tensor
-    surround: Tensor
-    references: Tensor
-
-    @property
-    def window(self) -> tuple:
-        """The index of the box in latents [...,h,w]."""
-        top, bottom, left, right = self.box
-        return (..., slice(top, bottom), slice(left, right))
-
-    def to(self, *args, **kwargs) -> "GuidedFace":
-        """Moved as `Tensor.to` does."""
-        names = ("inner", "grid", "surround", "references")
-        return replace(self, **{name: getattr(self, name).to(*args, **kwargs) for name in names})
-
-
-def guided_face(picture: Tensor, landmarks: Tensor, references: Tensor, latent_size: tuple[int, int],
-                scale: int = 8, whole: bool = False) -> GuidedFace:
-    """The face at `landmarks` [5,2] of a picture [3,H,W] in [0,1], which shows what the latent of `latent_size` shows.
-
-    scale: pixels per latent pixel. Decoding the face alone, the crop's outer part, hair and neck, is the picture's.
-    """
-    size = torch.tensor(picture.shape[:0:-1])  # width, height
-    target = torch.tensor(latent_size[::-1]) * scale
-    points = (landmarks + 0.5) * (target / size) - 0.5
-    matrix = similarity_transform(points[None], ARCFACE_TEMPLATE)
-    height, width = latent_size
-    top, bottom, left, right = kept = (0, height, 0, width) if whole else _face_box(matrix[0], latent_size, scale)
-    top, bottom = max(top - MARGIN, 0), min(bottom + MARGIN, height)
-    left, right = max(left - MARGIN, 0), min(right + MARGIN, width)
-    inner = torch.zeros(1, 1, (bottom - top) * scale, (right - left) * scale)
-    inner[..., (kept[0] - top) * scale:(kept[1] - top) * scale, (kept[2] - left) * scale:(kept[3] - left) * scale] = 1
-    matrix = similarity_transform(points[None] - torch.tensor([left, top]) * scale, ARCFACE_TEMPLATE)
-    grid = warp_grid(matrix, inner.shape[-2:], CROP_SIZE)
-    surround = align(picture[None], landmarks[None]) * (1 - F.grid_sample(inner, grid, align_corners=False))
-    return GuidedFace((top, bottom, left, right), inner, grid, surround, references)
-
-
-def _face_box(matrix: Tensor, latent_size: tuple[int, int], scale: int) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of FACE in latent pixels, at least one; matrix: [2,3], pixels to the crop."""
-    corners = torch.linalg.solve(matrix[:, :2], (FACE.to(matrix) - matrix[:, 2]).T).T
-    low, high = ((corners + 0.5) / scale).amin(0).floor().int(), ((corners + 0.5) / scale).amax(0).ceil().int()
-    left, top = (max(0, min(int(a), size - 1)) for a, size in zip(low, latent_size[::-1]))
-    right, bottom = (min(size, max(int(b), a + 1)) for a, b, size in zip((left, top), high, latent_size[::-1]))
-    return top, bottom, left, right
 
 
 def references_of(person: Person, choice: str, lq_embedding: Tensor | None = None) -> Tensor:

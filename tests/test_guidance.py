@@ -15,9 +15,9 @@ from ridfr_core.guidance import (
     GuidanceError,
     checkpoint_blocks,
     guide,
-    guided_face,
     references_of,
 )
+from ridfr_core.guided_face import Sight, guided_face
 from ridfr_core.identity import Person
 from ridfr_core.recognition import IResNet, embed
 
@@ -63,7 +63,7 @@ def scene():
     turn = torch.tensor([[0.55, 0.1], [-0.1, 0.55]])
     places = [ARCFACE_TEMPLATE @ turn + shift for shift in (torch.tensor([30.0, 25.0]), torch.tensor([45.0, 30.0]))]
     references = F.normalize(torch.randn(2, 3, 512, generator=g).double(), dim=-1)
-    faces = [guided_face(p, q, r, (16, 16), SCALE) for p, q, r in zip(pictures, places, references, strict=True)]
+    faces = [guided_face(Sight(p, q), r, (16, 16), SCALE) for p, q, r in zip(pictures, places, references, strict=True)]
     return x, denoised, torch.tensor([2.5, 1.5]).double(), [face.to(torch.float64) for face in faces]
 
 
@@ -156,7 +156,7 @@ def test_the_crop_is_the_aligned_face(networks):
     expected = embed(networks.recogniser, align(picture, FFHQ_TEMPLATE[None].double()))
     similarity = FaceSimilarity(Enlarge(), networks.recogniser)
     for whole in (True, False):
-        face = guided_face(picture[0], FFHQ_TEMPLATE, expected, (64, 64), whole=whole).to(torch.float64)
+        face = guided_face(Sight(picture[0], FFHQ_TEMPLATE), expected, (64, 64), whole=whole).to(torch.float64)
         cosine = similarity(small[face.window], face)
         torch.testing.assert_close(cosine, torch.ones(1).double(), rtol=0, atol=1e-5)  # landmarks in float32
         height, width = face.box[1] - face.box[0], face.box[3] - face.box[2]
@@ -167,14 +167,15 @@ def test_the_crop_is_the_aligned_face(networks):
 def test_a_latent_smaller_than_the_crop(networks, size):
     picture = torch.rand(3, *(8 * side for side in size)).double()
     landmarks = FFHQ_TEMPLATE * (torch.tensor(size[::-1]) * 8 / 512)
-    face = guided_face(picture, landmarks, torch.ones(1, 512), size).to(torch.float64)
+    face = guided_face(Sight(picture, landmarks), torch.ones(1, 512), size).to(torch.float64)
     x = torch.randn(1, 4, *size).double()
     guided, _ = guide(Ascent(networks, 0.1), x * 2, x, torch.ones(1).double(), [face])
     assert guided.shape == x.shape and guided.isfinite().all()
 
 
 def test_a_face_outside_the_picture(networks):
-    face = guided_face(torch.rand(3, 64, 64), ARCFACE_TEMPLATE + 500, torch.ones(1, 512), (8, 8)).to(torch.float64)
+    sight = Sight(torch.rand(3, 64, 64), ARCFACE_TEMPLATE + 500)
+    face = guided_face(sight, torch.ones(1, 512), (8, 8)).to(torch.float64)
     x = torch.randn(1, 4, 8, 8).double()
     guided, _ = guide(Ascent(networks, 0.1), x * 2, x, torch.ones(1).double(), [face])
     torch.testing.assert_close(guided, x)

@@ -9,17 +9,20 @@ import torch.nn.functional as F
 
 from ridfr_core.evaluation.guidance_sweep import HEAD, MEASURES, Cell, Guided, cells, row
 from ridfr_core.evaluation.restorer import Restorer
-from ridfr_core.guidance import guided_face
+from ridfr_core.guided_face import Sight, guided_face
 
 LANDMARKS = torch.tensor([[22.0, 28], [42, 28], [32, 38], [25, 48], [39, 48]])
+
+
+def face_at(landmarks):
+    return guided_face(Sight(torch.zeros(3, 64, 64), landmarks), torch.ones(1, 512), (8, 8), whole=True)
 
 
 def guided(v, ascend, part, alphas):
     """A Guided whose network predicts v."""
     unet = lambda *args, **kwargs: SimpleNamespace(sample=v)  # noqa: E731
     fields = dict.fromkeys(Restorer.__dataclass_fields__) | {"unet": unet}
-    face = guided_face(torch.zeros(3, 64, 64), LANDMARKS, torch.ones(1, 512), (8, 8), whole=True)
-    return Guided(**fields, ascend=ascend, faces=[face, None], range=part, alphas=alphas)
+    return Guided(**fields, ascend=ascend, faces=[face_at(LANDMARKS), None], range=part, alphas=alphas)
 
 
 @pytest.mark.parametrize("t", [900, 400])
@@ -62,19 +65,25 @@ def test_the_face_is_looked_for_every_so_many_steps_and_a_face_unseen_stays_wher
     alphas = torch.linspace(0.999, 0.01, 1000)
     z, v = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     used, asked = [], []
-    restorer = guided(v, lambda eps, x, sigma, face: (used.append(face), (eps, torch.zeros(1)))[1], (999.0, 0.0), alphas)
-    first, moved = restorer.faces[0], guided_face(torch.zeros(3, 64, 64), LANDMARKS + 3, torch.ones(1, 512), (8, 8))
+    faces = [face_at(LANDMARKS), face_at(LANDMARKS - 3)]
+    moved = face_at(LANDMARKS + 3)
 
-    def find(number, z0):
+    def ascend(eps, x, sigma, face):
+        used.append(face)
+        return eps, torch.zeros(1)
+
+    def find(number, z0, face):
+        assert face is faces[number] or face is moved
         asked.append((len(used), number))
         torch.testing.assert_close(z0, (alphas[500].sqrt() * z - (1 - alphas[500]).sqrt() * v)[number:number + 1])
-        return moved if number == 0 and len(used) >= 4 else None
+        return moved if number == 0 else None
 
-    restorer = replace(restorer, find_every=2, find=find)
+    restorer = replace(guided(v, ascend, (999.0, 0.0), alphas), faces=list(faces), find_every=2, find=find)
     for _ in range(5):
         restorer._predict(z, torch.tensor(500), None, (None, None), None)
-    assert asked == [(2, 0), (2, 1), (4, 0), (4, 1)]
-    assert [face is moved for face in used] == [False] * 4 + [True] and used[0] is first
+    assert asked == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    first, second = faces
+    assert all(a is b for a, b in zip(used, [first, second] * 2 + [moved, second] * 3, strict=True))
 
 
 def test_a_new_field_leaves_the_names_of_older_cells_alone():

@@ -109,8 +109,9 @@ class Guidance:
         face_model = core.face_model.FaceModel("random", None, recogniser, "")
         self.face_model = pack.nodes.managed.ManagedFaceModel(face_model, pack.nodes.managed.managed(recogniser))
         landmarks = core.faces.usual_place(case.size, case.size)
+        sight = core.guided_face.Sight(torch.rand(3, case.size, case.size), landmarks)
         references = torch.nn.functional.normalize(torch.randn(1, 512), dim=1)
-        self.subject = self.module.Subject(torch.rand(3, case.size, case.size), landmarks, references)
+        self.subject = self.module.Subject(sight, references)
 
     def install(self, model, mode: str, iterations: int, clock: Callable[[], float], times: dict[str, list[float]]):
         """The guided model, which notes the time of each prediction without and with guidance."""

@@ -140,7 +140,8 @@ def run_guidance(options: argparse.Namespace) -> None:
     from ..evaluation.guidance_sweep import cells, write
 
     points = cells(options.steps, options.iterations, options.ranges, options.decode, options.find_every)
-    command = (f"ridfr evaluate guidance --work FOLDER --split {options.split} --people {options.people} --seeds {options.seeds} --steps "
+    command = (f"ridfr evaluate guidance --work FOLDER --split {options.split} --people {options.people} --seeds "
+               f"{options.seeds} --steps "
                f"{' '.join(map(str, options.steps))} --iterations {' '.join(map(str, options.iterations))} --ranges "
                f"{' '.join(f'{a:g}-{b:g}' for a, b in options.ranges)} --decode "
                f"{' '.join(map(repr, options.decode))} --find-every {' '.join(map(str, options.find_every))}")

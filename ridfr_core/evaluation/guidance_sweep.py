@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..faces import align, usual_place
-from ..guidance import DECODE_MODES, Ascent, FaceSimilarity, GuidedFace, guide, guided_face
+from ..guidance import DECODE_MODES, Ascent, FaceSimilarity, guide
+from ..guided_face import GuidedFace, Sight, guided_face, look_again
 from ..metrics import psnr, similarity
 from ..nano.config import LATENT_SCALE
 from ..recognition import embed
@@ -52,15 +53,15 @@ class Cell:
 @dataclass(frozen=True)
 class Guided(Restorer):
     """A Restorer whose predictions are guided by `ascend` towards `faces`, as the node does it, while t is in `range`
-    (first, last). find(number, z0): the face's place in an estimate [1,4,h,w], or None where none is seen; asked every
+    (first, last). find(number, z0, face): the face found again in an estimate [1,4,h,w], or None; asked every
     `find_every` steps (0: never)."""
 
     ascend: Ascent
-    faces: list[GuidedFace | None]
+    faces: list[GuidedFace]
     range: tuple[float, float]
     alphas: Tensor
     find_every: int = 0
-    find: Callable[[int, Tensor], GuidedFace | None] | None = None
+    find: Callable[[int, Tensor, GuidedFace], GuidedFace | None] | None = None
     steps: Iterator[int] = field(default_factory=count)
 
     def _predict(self, z, t, context, residuals, identity):
@@ -71,7 +72,7 @@ class Guided(Restorer):
         sigma = (noise / signal).expand(len(z))
         z0 = signal * z - noise * v
         if self.find_every and step and step % self.find_every == 0:
-            self.faces[:] = [self.find(i, z0[i:i + 1]) or face for i, face in enumerate(self.faces)]
+            self.faces[:] = [self.find(i, z0[i:i + 1], face) or face for i, face in enumerate(self.faces)]
         z0, _ = guide(self.ascend, z / signal, z0, sigma, self.faces)
         return (signal * z - z0) / noise
 
@@ -143,21 +144,22 @@ class Sweep:
         ascend = Ascent(similarity, cell.step, iterations=cell.iterations, checkpointed=mode.checkpointed)
         height, width = bench.truth.shape[-2:]
 
-        def face(i: int, image: Tensor, landmarks: Tensor) -> GuidedFace:
-            size = (height // 8, width // 8)
-            return guided_face(image, landmarks, self.references[who[[i]]], size, whole=mode.whole)
+        detector = bench.face_model.detector
 
-        def found(i: int, image: Tensor) -> GuidedFace | None:
-            seen = bench.face_model.detector.detect(image)
-            return face(i, image, seen[0].landmarks) if seen else None
+        def face(i: int, sight: Sight) -> GuidedFace:
+            return guided_face(sight, self.references[who[[i]]], (height // 8, width // 8), whole=mode.whole)
 
-        def find(i: int, z0: Tensor) -> GuidedFace | None:
-            return found(i, picture(z0)[0].clamp(0, 1))
+        def find(i: int, z0: Tensor, last: GuidedFace) -> GuidedFace | None:
+            sight = look_again(picture, detector, z0, last)
+            return sight and face(i, sight)
 
-        if cell.find_every is None:
-            faces = [face(i, bench.lq[row], bench.landmarks[row]) for i, row in enumerate(who)]
-        else:
-            faces = [found(i, lq) or face(i, lq, usual_place(width, height)) for i, lq in enumerate(bench.lq[who])]
+        def place(row: Tensor) -> Tensor:
+            if cell.find_every is None:
+                return bench.landmarks[row]
+            found = detector.detect(bench.lq[row])
+            return found[0].landmarks if found else usual_place(width, height)
+
+        faces = [face(i, Sight(bench.lq[row], place(row))) for i, row in enumerate(who)]
         fields = {name: getattr(plain, name) for name in Restorer.__dataclass_fields__}
         return Guided(**fields, ascend=ascend, faces=faces, range=(999 * (1 - cell.start), 999 * (1 - cell.end)),
                       alphas=self.alphas, find_every=cell.find_every or 0, find=find)
@@ -189,8 +191,9 @@ def row(cell: Cell, measured: dict[str, Tensor], plain: dict[str, Tensor]) -> li
     return [*name, *values, *(str(rise[m]) for m in MEASURES), str(gap)]
 
 
-HEAD = ["arm", "step size", "iterations", "range", "decode", "face's place", "judge", "guiding", "PSNR", "judge, gain [95 %]",
-        "guiding, gain [95 %]", "PSNR, gain in dB [95 %]", "gap: guiding's gain minus judge's [95 %]"]
+HEAD = ["arm", "step size", "iterations", "range", "decode", "face's place", "judge", "guiding", "PSNR",
+        "judge, gain [95 %]", "guiding, gain [95 %]", "PSNR, gain in dB [95 %]",
+        "gap: guiding's gain minus judge's [95 %]"]
 
 
 def write(work: Path, out: Path, split: str, people: int, seeds: int, points: Sequence[Cell], command: str) -> None:

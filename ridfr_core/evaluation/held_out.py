@@ -68,7 +68,8 @@ def kept(folder: Path, said: tuple, compute: Callable[[], dict[str, Tensor]]) ->
 
 
 class HeldOut:
-    """The first `people` of a split (a key of `SPLITS`): one severely degraded face of each, and photos of them in other views.
+    """The first `people` of a split (a key of `SPLITS`): one severely degraded face of each, and photos of them in
+    other views.
 
     All restorations of a person begin with the same noise, whatever the method and the reference, so that only these
     make a difference. Faces are aligned by the landmarks they were drawn with, not by a detector.

@@ -97,7 +97,7 @@ def test_taesd(guided, nano, sample, pack, tmp_path, monkeypatch):
 
 
 def test_find_the_face_again(guided, nano, sample, face_model, monkeypatch):
-    """The faces are looked for every second step, in whole decoded pictures."""
+    """The faces are looked for every second step, in the decoded estimates."""
     seen = []
     detector = type(face_model.model.detector)
     detect = detector.detect
