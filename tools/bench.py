@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -28,26 +29,39 @@ PEOPLE = (1, 2, 4, 8)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="ridfr bench", description=__doc__)
-    parser.add_argument("--tree", type=Path, required=True, help="ComfyUI's folder")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, each runs every variant (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the results go (default: %(default)s)")
-    parser.add_argument("--note", default="", help="what the reader must know of the machine, as that it was busy")
-    parser.add_argument("--flag", action="append", default=[], help="for ComfyUI, --flag=--use-pytorch-cross-attention")
-    options = parser.parse_args()
+    options = arguments("identity", __doc__).parse_args()
     cuda = torch.cuda.is_available()
-    pack = start_comfyui(options.tree, [*([] if cuda else ["--cpu"]), *options.flag])
+    pack = started(options)
     with torch.inference_mode():
         if cuda:
             results = {"cases": [result for case in GPU for result in on_gpu(pack, case, options.repeats)]}
         else:
             results = on_cpu(pack, CPU, options.repeats)
+    save(options, "gpu.json" if cuda else "cpu.json", results)
+
+
+def arguments(name: str, description: str) -> argparse.ArgumentParser:
+    """What the benchmarks of identity and guidance are told."""
+    parser = argparse.ArgumentParser(prog=f"ridfr bench {name}", description=description)
+    parser.add_argument("--tree", type=Path, required=True, help="ComfyUI's folder")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, each runs every variant (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the results go (default: %(default)s)")
+    parser.add_argument("--note", default="", help="what the reader must know of the machine, as that it was busy")
+    parser.add_argument("--flag", action="append", default=[], help="for ComfyUI, --flag=--use-pytorch-cross-attention")
+    return parser
+
+
+def started(options: argparse.Namespace) -> ModuleType:
+    """The pack in ComfyUI, in this process."""
+    return start_comfyui(options.tree, [*([] if torch.cuda.is_available() else ["--cpu"]), *options.flag])
+
+
+def save(options: argparse.Namespace, name: str, results: dict) -> None:
     results = machine(", ".join(filter(None, [*options.flag, options.note]))) | results
     options.folder.mkdir(exist_ok=True)
-    file = options.folder / ("gpu.json" if cuda else "cpu.json")
-    file.write_text(json.dumps(results, indent=1) + "\n")
+    (options.folder / name).write_text(json.dumps(results, indent=1) + "\n")
     write_table(options.folder)
-    say(f"wrote {file} and {options.folder / 'README.md'}")
+    say(f"wrote {options.folder / name} and {options.folder / 'README.md'}")
 
 
 def machine(note: str) -> dict:

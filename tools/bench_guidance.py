@@ -2,77 +2,76 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
 
-from .bench import gpu_time, machine, process_time
-from .bench_report import write_table
-from .bench_sides import SD15, SDXL, Case, Inputs, Ours, build, randomised, start_comfyui
-from .cache import CHECKOUT
+from .bench import arguments, gpu_time, process_time, save, started
+from .bench_sides import SD15, SDXL, Case, Inputs, Ours, build, randomised
 from .steps import say
 
-VARIANTS = (("face", 1), ("face", 2), ("face", 4), ("face, checkpointed", 1), ("face, checkpointed, bf16", 1),
-            ("whole picture", 1))
+CASES = {"sd15": Case("sd15", SD15, 512, 1), "sdxl": Case("sdxl", SDXL, 1024, 1)}
 CFG = 2.0
+# decode mode, iterations, whether the face is found again
+VARIANTS = (("face", 1, False), ("face", 2, False), ("face", 4, False), ("face, checkpointed", 1, False),
+            ("face, checkpointed, bf16", 1, False), ("whole picture", 1, False), ("face", 1, True))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench_guidance", description=__doc__)
-    parser.add_argument("--tree", type=Path, required=True, help="ComfyUI's folder")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each variant (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=512, help="of the SD1.5 picture, in pixels (default: %(default)s)")
-    parser.add_argument("--note", default="", help="what the reader must know of the machine, as that it was busy")
-    options = parser.parse_args()
     cuda = torch.cuda.is_available()
-    pack = start_comfyui(options.tree, [] if cuda else ["--cpu"])
-    cases = [Case("sd15", SD15, options.size, 1, torch.float16 if cuda else torch.float32)]
-    if cuda:
-        cases.append(Case("sdxl", SDXL, 1024, 1, torch.float16))
+    parser = arguments("guidance", __doc__)
+    parser.set_defaults(repeats=3)
+    parser.add_argument("--base", nargs="+", choices=CASES, default=list(CASES) if cuda else ["sd15"],
+                        help="on a processor sd15 alone by default: SDXL takes 12 GiB and minutes for each step")
+    parser.add_argument("--modes", nargs="+", default=sorted({mode for mode, *_ in VARIANTS}),
+                        help="decode modes (default: all but TAESD)")
+    parser.add_argument("--iterations", type=int, nargs="+", default=(1, 2, 4))
+    options = parser.parse_args()
+    pack = started(options)
+    variants = [v for v in VARIANTS if v[0] in options.modes and v[1] in options.iterations]
+    cases = []
     with torch.inference_mode():
-        results = [measured(pack, case, options.repeats, cuda) for case in cases]
-    file = CHECKOUT / "benchmarks" / ("guidance_gpu.json" if cuda else "guidance_cpu.json")
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(machine(options.note) | {"cases": results}, indent=1) + "\n")
-    write_table(file.parent)
-    say(f"wrote {file} and {file.parent / 'README.md'}")
+        for base in options.base:
+            case = replace(CASES[base], dtype=torch.float16 if cuda else torch.float32)
+            cases.append(measured(pack, case, variants, options.repeats, cuda))
+    save(options, "guidance_gpu.json" if cuda else "guidance_cpu.json", {"cases": cases})
 
 
-def measured(pack: ModuleType, case: Case, repeats: int, cuda: bool) -> dict:
-    """The variants of one base model, at one step of Euler with CFG and, on SD1.5, the content ControlNet."""
+def measured(pack: ModuleType, case: Case, variants: Sequence[tuple], repeats: int, cuda: bool) -> dict:
+    """The variants of one base model, at steps of Euler with CFG 1 and, on SD1.5, the content ControlNet."""
     ours, _ = build(pack, case, "cuda" if cuda else "cpu")
     run, clock = sampler(ours, Inputs(case, 1)), gpu_time if cuda else process_time
     guidance = Guidance(pack, case)
+    say(f"{case.base}: plain steps")
     with peak(cuda) as plain_peak:
-        run(ours.model, CFG)
-    say(f"{case.base}: plain step at CFG 1")
-    plain = {1.0: median_of(lambda: timed(lambda: run(ours.model, 1.0), clock), repeats)}
+        run(ours.model, 1.0, 1)
+    with_cfg = median_of(lambda: timed(lambda: run(ours.model, CFG, 1), clock), repeats)
     results = []
-    for mode, iterations in VARIANTS:
-        say(f"{case.base}: {mode}, {iterations} iteration(s)")
+    for mode, iterations, search in variants:
         times: dict[str, list[float]] = {"plain": [], "guided": []}
         with peak(cuda) as guided_peak:
             for _ in range(repeats):
-                run(guidance.install(ours.model, mode, iterations, clock, times), CFG)
-        seconds = {name: statistics.median(values) for name, values in times.items()}
-        plain[CFG] = seconds["plain"]
-        extra = seconds["guided"] - seconds["plain"]
+                model = guidance.install(ours.model, mode, iterations, search, clock, times)
+                run(model, 1.0, 1 + search)
+        if search:  # which is in every second step
+            times = {name: values[1::2] for name, values in times.items()}
+        plain, guided = (statistics.median(times[name]) for name in ("plain", "guided"))
         results.append({
-            "mode": mode, "iterations": iterations, "seconds": times,
-            "ratio": {f"cfg {cfg:g}": 1 + extra / value for cfg, value in plain.items()},
+            "mode": mode, "iterations": iterations, "search": search, "seconds": times,
+            "ratio": {"cfg 1": guided / plain, f"cfg {CFG:g}": 1 + (guided - plain) / with_cfg},
             "bytes_above_plain": guided_peak.bytes - plain_peak.bytes,
         })
-        say(f"{results[-1]['ratio']}, {results[-1]['bytes_above_plain'] / 2**30:.2f} GiB above plain")
+        say(f"{case.base}: {mode}, {iterations} iteration(s){', face found again' if search else ''}: "
+            f"{results[-1]['ratio']}, {results[-1]['bytes_above_plain'] / 2**30:.2f} GiB above plain")
     return {"base": case.base, "size": case.size, "dtype": str(case.dtype), "variants": results}
 
 
 def sampler(ours: Ours, inputs: Inputs) -> Callable:
-    """run(model, cfg): one step of Euler."""
+    """run(model, cfg, steps): steps of Euler."""
     import comfy.sample
 
     from nodes import ControlNetApplyAdvanced
@@ -83,16 +82,17 @@ def sampler(ours: Ours, inputs: Inputs) -> Callable:
         positive, negative = ControlNetApplyAdvanced().apply_controlnet(
             positive, negative, ours.control, inputs.lq.movedim(1, -1), 1.0, 0.0, 1.0)
 
-    def run(model, cfg: float):
+    def run(model, cfg: float, steps: int):
         zeros = torch.zeros_like(inputs.noise)
-        return comfy.sample.sample(model, inputs.noise, 1, cfg, "euler", "normal", positive, negative, zeros,
+        return comfy.sample.sample(model, inputs.noise, steps, cfg, "euler", "normal", positive, negative, zeros,
                                    disable_pbar=True)
 
     return run
 
 
 class Guidance:
-    """The node's guidance with a full-width VAE decoder and ArcFace R50 of random weights."""
+    """The node's guidance with a full-width VAE decoder and ArcFace R50 of random weights; the detector, which stands
+    for insightface's, takes no time."""
 
     def __init__(self, pack: ModuleType, case: Case):
         import comfy.sd
@@ -106,14 +106,16 @@ class Guidance:
                             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
         self.vae = comfy.sd.VAE(sd=core.layouts.vae_to_ldm(randomised(vae).state_dict()))
         recogniser = randomised(core.recognition.IResNet())
-        face_model = core.face_model.FaceModel("random", None, recogniser, "")
+        seen = lambda picture: [core.faces.Face(None, core.faces.usual_place(*picture.shape[:-3:-1]), 1.0)]  # noqa: E731
+        face_model = core.face_model.FaceModel("random", SimpleNamespace(detect=seen), recogniser, "")
         self.face_model = pack.nodes.managed.ManagedFaceModel(face_model, pack.nodes.managed.managed(recogniser))
         landmarks = core.faces.usual_place(case.size, case.size)
         sight = core.guided_face.Sight(torch.rand(3, case.size, case.size), landmarks)
         references = torch.nn.functional.normalize(torch.randn(1, 512), dim=1)
         self.subject = self.module.Subject(sight, references)
 
-    def install(self, model, mode: str, iterations: int, clock: Callable[[], float], times: dict[str, list[float]]):
+    def install(self, model, mode: str, iterations: int, search: bool, clock: Callable[[], float],
+                times: dict[str, list[float]]):
         """The guided model, which notes the time of each prediction without and with guidance."""
         from comfy.patcher_extension import WrappersMP
 
@@ -125,7 +127,7 @@ class Guidance:
                 return result
             return predict
 
-        settings = self.module.Settings(0.1, True, iterations, 0.0, 1.0, 1.0, mode, 0, "")
+        settings = self.module.Settings(0.1, True, iterations, 0.0, 1.0, 1.0, mode, int(search), "")
         model = model.clone()
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "bench outside", noting("guided"))
         plan = self.module.GuidedSampling(self.vae, self.face_model, [self.subject], settings, self.module.Record())

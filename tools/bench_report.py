@@ -64,15 +64,15 @@ def gpu(results: dict) -> str:
 
 
 def guidance(results: dict) -> str:
-    rows = ["| base | decode | iterations | step, at CFG 1 | step, at CFG 2 | memory above plain |",
-            "|---|---|---|---|---|---|"]
+    rows = ["| base | decode | iterations | face found again | step, at CFG 1 | step, at CFG 2 | memory above plain |",
+            "|---|---|---|---|---|---|---|"]
     for case in results["cases"]:
         for one in case["variants"]:
-            ratio, memory = one["ratio"], one["bytes_above_plain"]
-            memory = "not measured" if memory is None else f"{memory / 2**30:.2f} GiB"
+            ratio, memory = one["ratio"], f"{one['bytes_above_plain'] / 2**30:.2f} GiB"
+            search = "yes" if one["search"] else "no"
             rows.append(f"| {case['base']} {case['size']} px, {case['dtype']} | {one['mode']} | {one['iterations']} "
-                        f"| {ratio['cfg 1']:.2f} | {ratio['cfg 2']:.2f} | {memory} |")
-    what = "A guided step over a plain one (`python -m tools.bench_guidance`).\n"
+                        f"| {search} | {ratio['cfg 1']:.2f} | {ratio['cfg 2']:.2f} | {memory} |")
+    what = "A guided step over a plain one (`make bench ARGS=guidance`).\n"
     return "\n".join([heading(results), what, *rows, ""])
 
 
@@ -82,7 +82,7 @@ def training(results: dict) -> str:
     return "\n".join([
         heading(results),
         f"SD1.5 of random weights and widths {results['widths']}, {results['resolution']} pixels, batch "
-        f"{results['batch']}, stopped halfway and resumed (`python -m tools.bench_training`). The resumed content "
+        f"{results['batch']}, stopped halfway and resumed (`make bench ARGS=training`). The resumed content "
         f"stage's weights differ from an undisturbed run's by {results['difference_from_undisturbed']:g} at most.\n",
         "| stage | steps | seconds per step | peak memory |", "|---|---|---|---|", *rows, "",
     ])

@@ -57,9 +57,13 @@ def test(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """Measure what the identity costs per step, into benchmarks/ (--repeats N, --note TEXT)."""
-    bed = prepare(tests=True)
-    return become([bed.python, "-m", "tools.bench", "--tree", bed.tree, *arguments])
+    """Measure the cost of identity, guidance or training, by default of the first two (--repeats N, --note TEXT)."""
+    bed, named = prepare(tests=True), arguments[:1] if arguments[:1] and arguments[0] in BENCHMARKS else []
+    for name in named or ("identity", "guidance"):
+        module = [bed.python, "-m", BENCHMARKS[name], "--tree", bed.tree, *arguments[len(named):]]
+        if code := subprocess.call([str(part) for part in module], cwd=cache.CHECKOUT):
+            return code
+    return 0
 
 
 def lint(arguments: list[str]) -> int:
@@ -101,5 +105,6 @@ def become(command: list) -> int:
     return subprocess.call(command)
 
 
+BENCHMARKS = {"identity": "tools.bench", "guidance": "tools.bench_guidance", "training": "tools.bench_training"}
 COMMANDS = {"demo": demo, "serve": serve, "doctor": doctor, "test": test, "bench": bench, "lint": lint, "setup": setup,
             "lock": lock, "clean-cache": clean_cache}

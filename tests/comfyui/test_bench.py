@@ -1,5 +1,6 @@
 """The benchmark's two sides draw the same pictures, and no step of a run waits for the host. Nothing is timed."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tools import bench
+from tools import bench, bench_guidance
 from tools.bench_report import write_table
 from tools.bench_sides import SDXL, Case, Inputs, build
 
@@ -54,10 +55,21 @@ def test_both_sides_draw_the_same(pack, name):
 def test_the_results_become_a_table(pack, tmp_path):
     results = bench.on_cpu(pack, CASES["sd15"], repeats=2)
     assert results["difference"] < 1e-4 and set(results["batch"]) == {"1", "2", "4", "8"}
-    (tmp_path / "cpu.json").write_text(bench.json.dumps(bench.machine("a note") | results))
+    (tmp_path / "cpu.json").write_text(json.dumps(bench.machine("a note") | results))
     write_table(tmp_path)
     table = (tmp_path / "README.md").read_text()
     assert "a note" in table and f"{results['overhead']:+.1%}" in table and "Not run yet" in table
+
+
+@pytest.mark.slow
+def test_the_cost_of_guidance_becomes_a_table(pack, tmp_path):
+    variants = [("face", 1, False), ("face", 1, True)]
+    result = bench_guidance.measured(pack, CASES["sd15"], variants, repeats=1, cuda=False)
+    once, again = (len(one["seconds"]["guided"]) for one in result["variants"])
+    assert once == again == 1 and all(one["ratio"]["cfg 1"] > 1 for one in result["variants"])
+    (tmp_path / "guidance_cpu.json").write_text(json.dumps(bench.machine("a note") | {"cases": [result]}))
+    write_table(tmp_path)
+    assert "| face | 1 | yes |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("base, limit", [("SD1.5", 1e6), ("SDXL", 6e6)])
