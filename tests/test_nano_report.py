@@ -52,7 +52,7 @@ def arms(tmp_path, shipped, monkeypatch):
 def test_the_report_has_every_table_and_is_remade_from_what_was_measured(tmp_path, bench, shipped, arms, monkeypatch):
     monkeypatch.setattr(nano_report, "LAMBDAS", (0.0, 1.0, 30.0))
     path = tmp_path / "REPORT.md"
-    report = nano_report.NanoReport(bench, shipped, arms, 2, (1.0, 2.0), path)
+    report = nano_report.NanoReport(bench, shipped, arms, 2, (1.0, 2.0), (1, 2), path)
     report.write(["1", "4", "lambda", "2", "3"], "the command")
     text = path.read_text()
     for title in ("Table 1", "Table 2", "Table 3", "Table 4", "λ"):
@@ -81,9 +81,9 @@ def test_arms_differ_by_seed_and_by_how_the_face_joins_and_naive_is_not_aligned(
 
 
 def test_an_arm_with_the_bundles_recipe_is_the_bundles_network(arms):
-    own = nano_arms.Arms(arms.nano)
-    assert own._folder(0) == arms.nano.work
-    assert own._folder(1) != own._folder(0) != own._folder(0, latent=True)
+    own, other = nano_arms.CONTENT, replace(nano_arms.CONTENT, seed=1)
+    assert arms._folder(own) == arms.nano.work
+    assert len({arms._folder(own), arms._folder(other), arms._folder(own, latent=True)}) == 3
     assert nano_arms.of_length(nano_diffusion.ALIGN, nano_diffusion.ALIGN.steps, 0) == nano_diffusion.ALIGN
 
 

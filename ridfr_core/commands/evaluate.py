@@ -1,6 +1,7 @@
 """Measure networks."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 TABLES = ("1", "4", "lambda", "2", "3")  # in the order of their worth
@@ -61,6 +62,8 @@ def describe_nano(nano: argparse.ArgumentParser) -> None:
                         help="on the identity (default: 1 2.5)")
     report.add_argument("--content-steps", type=int, help="of each arm's content stage (default: as the bundle)")
     report.add_argument("--out", type=Path, help="file of the report (default: ridfr_core/nano/REPORT.md)")
+    report.add_argument("--concat-steps", type=int, nargs="+",
+                        help="of the content stages in Table 3, one after another (default: as --content-steps)")
     report.add_argument("--align-steps", type=int, help="of each arm's finetuning (default: as the bundle)")
 
 
@@ -124,25 +127,39 @@ def run_folder(options: argparse.Namespace) -> None:
 
 
 def run_report(options: argparse.Namespace) -> None:
-    from ..evaluation import nano_report
+    from ..evaluation.held_out import HeldOut, Method
+    from ..evaluation.nano_report import REPORT, NanoReport
+    from ..evaluation.shipped import nano_adapter, nano_restorer, nano_tower
+    from ..training.nano import NanoTraining
+    from ..training.nano_arms import Arms
     from ..training.nano_diffusion import ALIGN, CONTENT
+    from ..training.nano_shipped import adopt
 
     content_steps, align_steps = options.content_steps or CONTENT.steps, options.align_steps or ALIGN.steps
-    guidance = " ".join(f"{value:g}" for value in options.guidance)
+    concat_steps = options.concat_steps or [content_steps]
     command = (f"ridfr evaluate nano --report --work FOLDER --tables {' '.join(options.tables)} --people "
                f"{options.people} --references {options.references} --steps {options.steps} --seeds {options.seeds} "
-               f"--guidance {guidance} --content-steps {content_steps} --align-steps {align_steps}")
-    nano_report.write(options.work, options.tables, options.people, options.references, options.steps, options.seeds,
-                      options.guidance, content_steps, align_steps, command, options.out or nano_report.REPORT)
+               f"--guidance {words(options.guidance)} --content-steps {content_steps} --align-steps {align_steps} "
+               f"--concat-steps {words(concat_steps)}")
+    options.work.mkdir(parents=True, exist_ok=True)
+    adopt(options.work)
+    held_out = HeldOut(options.work, options.people, options.references, options.steps)
+    shipped = Method(nano_restorer(), nano_adapter(), nano_tower())
+    arms = Arms(NanoTraining(options.work), content_steps, align_steps)
+    report = NanoReport(held_out, shipped, arms, options.seeds, options.guidance, concat_steps, options.out or REPORT)
+    report.write(options.tables, command)
+
+
+def words(numbers: Iterable[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 def run_guidance(options: argparse.Namespace) -> None:
-    from ..evaluation.guidance_sweep import cells, write
+    from ..evaluation.guidance_sweep import Sweep, cells, write
 
     points = cells(options.steps, options.iterations, options.ranges, options.decode, options.find_every)
     command = (f"ridfr evaluate guidance --work FOLDER --split {options.split} --people {options.people} --seeds "
-               f"{options.seeds} --steps "
-               f"{' '.join(map(str, options.steps))} --iterations {' '.join(map(str, options.iterations))} --ranges "
+               f"{options.seeds} --steps {words(options.steps)} --iterations {words(options.iterations)} --ranges "
                f"{' '.join(f'{a:g}-{b:g}' for a, b in options.ranges)} --decode "
-               f"{' '.join(map(repr, options.decode))} --find-every {' '.join(map(str, options.find_every))}")
-    write(options.work, options.out, options.split, options.people, options.seeds, points, command)
+               f"{' '.join(map(repr, options.decode))} --find-every {words(options.find_every)}")
+    write(Sweep(options.work, options.split, options.people, options.seeds), options.out, points, command)

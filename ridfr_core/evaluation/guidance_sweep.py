@@ -93,7 +93,7 @@ class Sweep:
     the work folder."""
 
     def __init__(self, work: Path, split: str, people: int, seeds: int, steps: int = 20):
-        self.bench, self.seeds = HeldOut(work, people, 1, steps, split=split), range(seeds)
+        self.bench, self.split, self.seeds = HeldOut(work, people, 1, steps, split=split), split, range(seeds)
         self.method = Method(nano_restorer(), nano_adapter(), nano_tower())
         self.key = self.bench.key(self.method)
         bench, rows = self.bench, self.bench.references[:, 0]
@@ -196,15 +196,16 @@ HEAD = ["arm", "step size", "iterations", "range", "decode", "face's place", "ju
         "gap: guiding's gain minus judge's [95 %]"]
 
 
-def write(work: Path, out: Path, split: str, people: int, seeds: int, points: Sequence[Cell], command: str) -> None:
+def write(sweep: Sweep, out: Path, points: Sequence[Cell], command: str) -> None:
     """Measure the cells and write guidance_sweep.md, .json and .png into `out`."""
-    sweep, measured, rows = Sweep(work, split, people, seeds), {}, []
+    measured, rows = {}, []
     for number, cell in enumerate(points, 1):
         measured[cell] = sweep.measure(cell)
         rows.append(row(cell, measured[cell], measured[Cell(cell.adapter)]))
         print(f"{number}/{len(points)}", *rows[-1], sep=" | ", flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    text = (f"# The sweep\n\n`{command}`\n\n{people} people of the {split} split, {seeds} start noises each. "
+    text = (f"# The sweep\n\n`{command}`\n\n{sweep.bench.people} people of the {sweep.split} split, {len(sweep.seeds)} start "
+            "noises each. "
             "*judge*: similarity to the true face by a recogniser that shares neither architecture nor training people "
             "with the one that guides; *guiding*: by the latter. *face's place*: given, by the landmarks that the "
             "portrait was drawn with; once, found by the detector in the degraded face (its usual place where none is "

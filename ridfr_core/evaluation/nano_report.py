@@ -13,7 +13,7 @@ from ..training.nano_arms import LAMBDAS, Arms
 from ..training.nano_diffusion import latents_of
 from .held_out import HeldOut, Measured, Method
 from .measure import markdown
-from .shipped import nano_adapter, nano_restorer, nano_tower, restorer
+from .shipped import restorer
 
 REPORT = WEIGHTS.parent / "REPORT.md"
 PLOT = "lambda.png"
@@ -73,13 +73,14 @@ def ids(measured: Measured) -> Tensor:
 class NanoReport:
     """Makes the sections, training and measuring what they need.
 
-    shipped: the method of Tables 1 and 2. seeds: how many of them each trained arm has. path: the report's file.
+    shipped: the method of Tables 1 and 2. seeds: how many of them each trained arm has. concat_steps: how long Table
+    3's content stages last, as the arms' and further budgets. path: the report's file.
     """
 
     def __init__(self, held_out: HeldOut, shipped: Method, arms: Arms, seeds: int, guidances: Sequence[float],
-                 path: Path = REPORT):
+                 concat_steps: Sequence[int], path: Path = REPORT):
         self.held_out, self.shipped, self.arms, self.path = held_out, shipped, arms, path
-        self.seeds, self.guidances = range(seeds), guidances
+        self.seeds, self.guidances, self.concat_steps = range(seeds), guidances, concat_steps
         self.sections = {"1": self.blind_and_not, "4": self.alignment, "lambda": self.strengths,
                          "2": self.small_references, "3": self.concatenation}
 
@@ -130,25 +131,27 @@ class NanoReport:
                        markdown(["references", "paper, IDS-HQ", "nano, IDS-HQ, guidance 1", "PSNR"], table), claims)
 
     def concatenation(self) -> Section:
-        """RIDFR's Table 3: two content modules of the same budget, restoring blindly."""
-        nano = self.arms.nano
-        kinds = {
-            "pixel": [self.arm(self.arms.content(seed)) for seed in self.seeds],
-            "latent": [self.arm(self.arms.content(seed, latent=True), lambda lq: latents_of(nano.vae, lq))
-                       for seed in self.seeds],
-        }
-        measured = {kind: [self.measure(method, count=0) for method in methods] for kind, methods in kinds.items()}
-        paper = {"pixel": "0.294", "latent": "0.417"}
-        per_person = {kind: {name: torch.stack([getattr(one, name).mean(1) for one in seeds]).mean(0)
-                             for name in ("psnr", "ssim", "similarity")} for kind, seeds in measured.items()}
-        table = [[kind, paper[kind], *(str(bootstrap(one[name])) for name in ("psnr", "ssim", "similarity")),
-                  of_seeds([m.psnr for m in measured[kind]])] for kind, one in per_person.items()]
-        claims = [
-            Claim(f"{label}, pixel minus latent", "LPIPS 0.123 lower",
-                  difference(per_person["pixel"][name], per_person["latent"][name]), 0, True)
-            for name, label in (("psnr", "PSNR"), ("ssim", "SSIM"), ("similarity", "IDS-HQ"))
-        ]
-        head = ["concatenation", "paper, LPIPS", "nano, PSNR", "nano, SSIM", "nano, IDS-HQ", "PSNR of each seed"]
+        """RIDFR's Table 3, with all seeds at the first budget, with the first seed at the others: two content modules
+        of the same budget, restoring blindly."""
+        nano, table, claims = self.arms.nano, [], []
+        paper, names = {"pixel": "0.294", "latent": "0.417"}, {"psnr": "PSNR", "ssim": "SSIM", "similarity": "IDS-HQ"}
+        for steps in self.concat_steps:
+            seeds = self.seeds if steps == self.concat_steps[0] else [0]
+            arms = {
+                "pixel": [self.arm(self.arms.content(seed, steps=steps)) for seed in seeds],
+                "latent": [self.arm(self.arms.content(seed, latent=True, steps=steps),
+                                    lambda lq: latents_of(nano.vae, lq)) for seed in seeds],
+            }
+            measured = {kind: [self.measure(arm, count=0) for arm in of_kind] for kind, of_kind in arms.items()}
+            means = {kind: {name: torch.stack([getattr(one, name).mean(1) for one in of_kind]).mean(0)
+                            for name in names} for kind, of_kind in measured.items()}
+            table += [[kind, f"{steps}", paper[kind], *(str(bootstrap(one[name])) for name in names),
+                       of_seeds([m.psnr for m in measured[kind]])] for kind, one in means.items()]
+            claims += [Claim(f"{label}, pixel minus latent, {steps} steps", "LPIPS 0.123 lower",
+                             difference(means["pixel"][name], means["latent"][name]), 0, True)
+                       for name, label in names.items()]
+        head = ["concatenation", "steps", "paper, LPIPS", "nano, PSNR", "nano, SSIM", "nano, IDS-HQ",
+                "PSNR of each seed"]
         return Section("Table 3: pixel against latent concatenation, after the content stage, blind",
                        markdown(head, table), claims)
 
@@ -213,10 +216,10 @@ class NanoReport:
             "with.",
             "Tables 1 and 2 are of the shipped weights. The arms of the others share the base and the adapter; "
             f"{self.arms.content_steps} steps of the content stage (the bundle: the same code), then "
-            f"{self.arms.align_steps} of finetuning; {len(self.seeds)} seeds in Table 3 and, at guidance "
-            f"{self.guidances[0]:g}, in Table 4, one elsewhere. Training them took {self.arms.minutes():.0f} minutes "
-            "in all. LPIPS and the quality metrics need weights that the bundle has not, and judge photographs, so "
-            "Table 3 is by PSNR, SSIM and IDS-HQ.",
+            f"{self.arms.align_steps} of finetuning; {len(self.seeds)} seeds in Table 3 after {self.concat_steps[0]} "
+            f"steps and, at guidance {self.guidances[0]:g}, in Table 4, one elsewhere. Training them took "
+            f"{self.arms.minutes():.0f} minutes in all. LPIPS and the quality metrics need weights that the bundle has "
+            "not, and judge photographs, so Table 3 is by PSNR, SSIM and IDS-HQ.",
         ]
         return paragraphs if TRAINED & set(names) else paragraphs[:1]
 
@@ -259,16 +262,3 @@ def plot(points: Sequence[tuple[float, float, float]], path: Path) -> None:
     axes.margins(0.1)  # room for the outermost labels
     axes.set(xlabel="identity variance", ylabel="identity similarity to the truth")
     figure.savefig(path)
-
-
-def write(work: Path, names: Sequence[str], people: int, references: int, steps: int, seeds: int,
-          guidances: Sequence[float], content_steps: int, align_steps: int, command: str, path: Path = REPORT) -> None:
-    """Train the arms that are missing in `work`, measure, and write the report; see NanoReport."""
-    from ..training.nano import NanoTraining
-    from ..training.nano_shipped import adopt
-
-    work.mkdir(parents=True, exist_ok=True)
-    adopt(work)
-    shipped = Method(nano_restorer(), nano_adapter(), nano_tower())
-    arms = Arms(NanoTraining(work), content_steps, align_steps)
-    NanoReport(HeldOut(work, people, references, steps), shipped, arms, seeds, guidances, path).write(names, command)

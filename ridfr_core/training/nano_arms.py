@@ -40,25 +40,28 @@ class Arms:
         self.content_steps, self.align_steps = content_steps, align_steps
         self.logs: set[Path] = set()
 
-    def content(self, seed: int, latent: bool = False) -> nn.Module:
-        """The content stage, Eq. 2; also the baseline of Table 4."""
-        recipe, nano = of_length(CONTENT, self.content_steps, seed), self.nano
+    def content(self, seed: int, latent: bool = False, steps: int | None = None) -> nn.Module:
+        """The content stage, Eq. 2; also the baseline of Table 4. steps: content_steps by default."""
+        recipe, nano = of_length(CONTENT, steps or self.content_steps, seed), self.nano
+        folder = self._folder(recipe, latent)
         material = (LatentMaterial if latent else Material)(nano.portraits, nano.vae, None, None)
-        self.logs.add(self._folder(seed, latent) / "content.jsonl")
-        return nano_diffusion.train_content(self._folder(seed, latent), material, nano.unet, recipe)
+        self.logs.add(folder / "content.jsonl")
+        return nano_diffusion.train_content(folder, material, nano.unet, recipe)
 
     def finetuned(self, seed: int, strength: float) -> nn.Module:
         """Alignment Learning, Eq. 4-6, from the content stage of the same seed; strength 0 is naive finetuning."""
         recipe, nano = of_length(ALIGN, self.align_steps, seed), self.nano
-        folder = self._folder(seed) if recipe == ALIGN else self._folder(seed) / f"{recipe.steps}-steps"
+        folder = self._folder(of_length(CONTENT, self.content_steps, seed))
+        folder = folder if recipe == ALIGN else folder / f"{recipe.steps}-steps"
         content = copy.deepcopy(self.content(seed))
         self.logs.add(folder / f"aligned-{strength:g}.jsonl")
         return nano_diffusion.train_aligned(folder, nano.material, nano.unet, nano.adapter, content, recipe, strength)
 
-    def _folder(self, seed: int, latent: bool = False) -> Path:
-        if of_length(CONTENT, self.content_steps, seed) == CONTENT and not latent:
+    def _folder(self, content: Recipe, latent: bool = False) -> Path:
+        """Of a content stage."""
+        if content == CONTENT and not latent:
             return self.nano.work
-        return self.nano.work / "arms" / f"{'latent' if latent else 'pixel'}-{seed}-{self.content_steps}-steps"
+        return self.nano.work / "arms" / f"{'latent' if latent else 'pixel'}-{content.seed}-{content.steps}-steps"
 
     def minutes(self) -> float:
         """How long the arms that were asked for have been trained, all together; shipped ones have no log."""
