@@ -204,8 +204,8 @@ def write(sweep: Sweep, out: Path, points: Sequence[Cell], command: str) -> None
         rows.append(row(cell, measured[cell], measured[Cell(cell.adapter)]))
         print(f"{number}/{len(points)}", *rows[-1], sep=" | ", flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    text = (f"# The sweep\n\n`{command}`\n\n{sweep.bench.people} people of the {sweep.split} split, {len(sweep.seeds)} start "
-            "noises each. "
+    text = (f"# The sweep\n\n`{command}`\n\n{sweep.bench.people} people of the {sweep.split} split, "
+            f"{len(sweep.seeds)} start noises each. "
             "*judge*: similarity to the true face by a recogniser that shares neither architecture nor training people "
             "with the one that guides; *guiding*: by the latter. *face's place*: given, by the landmarks that the "
             "portrait was drawn with; once, found by the detector in the degraded face (its usual place where none is "
