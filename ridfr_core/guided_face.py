@@ -14,7 +14,7 @@ from .recognition import CROP_SIZE
 FACE = torch.tensor([[20.0, 34.0], [92.0, 34.0], [92.0, 106.0], [20.0, 106.0]])
 MARGIN = 2  # latent pixels decoded beyond it and thrown away: the decoder is not itself at its edges
 SEARCHED = 3  # a face is looked for in a window of so many times its box
-ENOUGH = 48  # latent pixels: a larger window is looked at in half its size, which a detector makes do with
+ENOUGH = 64  # latent pixels: a larger window is looked at in half its size, which a detector makes do with
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right, in latent pixels
 
@@ -96,8 +96,8 @@ def guided_face(sight: Sight, references: Tensor, latent_size: tuple[int, int], 
 def look_again(decode: Callable[[Tensor], Tensor], detector: Detector, z0: Tensor, face: GuidedFace) -> Sight | None:
     """A face in an estimate [1,C,h,w], round its last place; of several the nearest to that, None if there is none.
 
-    decode: latents to pictures in [0,1]. It sees a bounded part of the latent, never more than half of its size where
-    that is large: the search takes less memory than the gradient.
+    decode: latents to pictures in [0,1]. It sees that neighbourhood alone, at half size where it is large: the work does
+    not grow with the picture.
     """
     window = _around(face.box, z0.shape[-2:])
     part = z0[index(window)]
