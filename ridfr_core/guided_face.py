@@ -14,7 +14,7 @@ from .recognition import CROP_SIZE
 FACE = torch.tensor([[20.0, 34.0], [92.0, 34.0], [92.0, 106.0], [20.0, 106.0]])
 MARGIN = 2  # latent pixels decoded beyond it and thrown away: the decoder is not itself at its edges
 SEARCHED = 3  # a face is looked for in a window of so many times its box
-ENOUGH = 64  # latent pixels: a larger window is looked at in half its size, which a detector makes do with
+ENOUGH = 64  # latent pixels: a larger window is looked at in half its size, enough for a detector
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right, in latent pixels
 

@@ -73,10 +73,11 @@ def test_a_small_face_is_looked_for_in_its_own_neighbourhood_alone():
 
 def test_a_large_face_is_looked_for_at_half_size():
     size = (2 * ENOUGH, 2 * ENOUGH)
-    face = guided_face(Sight(torch.rand(3, 768, 768), usual_place(768, 768)), REFERENCES, size)
+    pixels = 8 * 2 * ENOUGH
+    face = guided_face(Sight(torch.rand(3, pixels, pixels), usual_place(pixels, pixels)), REFERENCES, size)
     z0 = torch.rand(1, 4, *size)
-    found = Detector((FFHQ_TEMPLATE.mean(0) + 0.5) * 0.75 - 0.5, shape=FFHQ_TEMPLATE * 0.75)
-    sight = look_again(enlarge, found, z0, face)
+    place = usual_place(pixels // 2, pixels // 2)
+    sight = look_again(enlarge, Detector(place.mean(0), shape=place), z0, face)
     torch.testing.assert_close(sight.picture, enlarge(F.avg_pool2d(z0, 2))[0])
     same(guided_face(sight, REFERENCES, size), face)
 
