@@ -96,8 +96,8 @@ def guided_face(sight: Sight, references: Tensor, latent_size: tuple[int, int], 
 def look_again(decode: Callable[[Tensor], Tensor], detector: Detector, z0: Tensor, face: GuidedFace) -> Sight | None:
     """A face in an estimate [1,C,h,w], round its last place; of several the nearest to that, None if there is none.
 
-    decode: latents to pictures in [0,1]. It sees that neighbourhood alone, at half size where it is large: the work does
-    not grow with the picture.
+    decode: latents to pictures in [0,1]. It sees that neighbourhood alone, at half size where it is large: the work
+    does not grow with the picture.
     """
     window = _around(face.box, z0.shape[-2:])
     part = z0[index(window)]
