@@ -84,6 +84,15 @@ def test_restored_here_by_the_shipped_networks(data, tmp_path):
     assert "restored blindly" in (out / "summary.md").read_text(encoding="utf-8")
 
 
+def test_id_preserving_sampling_moves_the_face_towards_the_reference(data, tmp_path):
+    def similarity(*arguments):
+        out = tmp_path / "out"
+        main(["evaluate", "folder", str(data), "--out", str(out), "--steps", "6", *arguments])
+        return numpy.mean([float(row["IDS-REF"]) for row in rows_of(out)])
+
+    assert similarity("--id-preserving", "0.2", "--guidance", "2") > similarity("--guidance", "2") + 0.05
+
+
 def test_two_processes_measure_what_one_does(data, tmp_path, checkout):
     arguments = ["evaluate", "folder", str(data), "--references", "2", "--measure-only", "--out"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -101,6 +110,7 @@ def test_two_processes_measure_what_one_does(data, tmp_path, checkout):
 @pytest.mark.parametrize("arguments, message", [
     (["--judge", "nano"], "The judge nano has the same recogniser file as nano, which conditions"),
     (["--content", "nowhere.safetensors"], "nowhere.safetensors.* does not exist"),
+    (["--id-preserving", "0.1", "--references", "0"], "--id-preserving needs references"),
     (["--measure-only"], "2 of 2 restored faces are not there, the first of them '.*0000/0--1.png': restore them"),
 ])
 def test_refused(data, tmp_path, arguments, message):

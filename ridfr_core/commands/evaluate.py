@@ -40,6 +40,8 @@ def describe_folder(parser: argparse.ArgumentParser) -> None:
                              "several give the identity variance, 0 restores blindly (default: 1)")
     parser.add_argument("--guidance", type=float, default=1.0, help="on the identity (default: 1)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
+    parser.add_argument("--id-preserving", type=float, default=0.0, metavar="STEP",
+                        help="ID-preserving sampling with this step size, as the node does it (default: 0, without)")
     parser.add_argument("--color-fix", choices=("wavelet", "adain"), help="give results the LQ faces' colours")
     parser.add_argument("--batch", type=int, default=8, help="faces restored at once (default: 8)")
     parser.add_argument("--measure-only", action="store_true",
@@ -118,9 +120,13 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def run_folder(options: argparse.Namespace) -> None:
+    from ..evaluation.folder import EvaluationError
     from ..evaluation.run import evaluate_folder
 
-    names = ("base", "content", "adapter", "clip_vision", "plus_v1", "guidance", "steps", "color_fix")
+    names = ("base", "content", "adapter", "clip_vision", "plus_v1", "guidance", "steps", "id_preserving",
+             "color_fix")
+    if options.id_preserving and not options.references:
+        raise EvaluationError("--id-preserving needs references: give --references 1 or more.")
     pipeline = None if options.measure_only else {name: getattr(options, name) for name in names}
     print(evaluate_folder(options.data, options.out, options.references, options.face_model, options.judge,
                           options.batch, pipeline), end="")

@@ -22,6 +22,7 @@ from ..face_model import FaceModel, load_face_model
 from ..faces import Detector, align
 from ..nano import WEIGHTS
 from ..recognition import embed
+from .guided import find_face, guided
 from .restorer import KeysValues, Restorer
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -118,7 +119,7 @@ def face_model_of(pack: str) -> FaceModel:
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     """What restores: the networks on `device`, and the guidance on the identity. size: of the faces, in pixels.
-    color_fix: a key of COLOR_FIX, or None."""
+    id_preserving: the step size of ID-preserving sampling, 0 without. color_fix: a key of COLOR_FIX, or None."""
 
     restorer: Restorer
     adapter: IdentityAdapter
@@ -129,17 +130,21 @@ class Pipeline:
     device: torch.device
     guidance: float = 1.0
     steps: int = 20
+    id_preserving: float = 0.0
     color_fix: str | None = None
 
     def restore(self, tasks: list[Task]) -> Tensor:
         """[B,3,size,size]; every result of an LQ face begins with the same noise."""
         lq = torch.stack([resized(read_image(task.lq), (self.size, self.size)) for task in tasks]).to(self.device)
-        identity, nobody = None, None
+        identity, nobody, restorer = None, None, self.restorer
         if tasks[0].reference is not None:
             embeddings, clip = map(torch.cat, zip(*(self.features(task.reference) for task in tasks)))
             identity = self._keys_values(embeddings, clip)
             nobody = [(k.expand(len(tasks), -1, -1), v.expand(len(tasks), -1, -1)) for k, v in self.nobody]
-        restored = self.restorer.restore(lq, identity, nobody, self.guidance, self.steps)
+            if self.id_preserving:
+                sights = [find_face(self.face_model, picture) for picture in lq.cpu()]
+                restorer = guided(restorer, self.face_model, sights, embeddings.split(1), self.id_preserving)
+        restored = restorer.restore(lq, identity, nobody, self.guidance, self.steps)
         return COLOR_FIX[self.color_fix](restored, lq).clamp(0, 1) if self.color_fix else restored
 
     @lru_cache(maxsize=256)  # noqa: B019  one pipeline lives as long as the command
@@ -167,7 +172,8 @@ class Pipeline:
 
 
 def load_pipeline(base: str, content: str, adapter: str, clip_vision: str, face_model: FaceModel, plus_v1: bool,
-                  guidance: float, steps: int, color_fix: str | None, device: torch.device) -> Pipeline:
+                  guidance: float, steps: int, id_preserving: float, color_fix: str | None,
+                  device: torch.device) -> Pipeline:
     """From files, folders or "nano"; all in fp32. plus_v1: the adapter is FaceID Plus, not PlusV2."""
     from ..training.base import load_base
     from ..training.clip_vision import load_tower
@@ -189,7 +195,7 @@ def load_pipeline(base: str, content: str, adapter: str, clip_vision: str, face_
     face_model.recogniser.to(device)
     size = 128 if loaded.name == "nano" else 512
     return Pipeline(restorer, projection.to(device).eval(), not plus_v1, load_tower(clip_vision).to(device), face_model,
-                    size, device, guidance, steps, color_fix)
+                    size, device, guidance, steps, id_preserving, color_fix)
 
 
 def restore_all(pipeline: Pipeline, tasks: list[Task], out: Path, batch: int) -> None:

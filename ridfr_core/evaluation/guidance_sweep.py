@@ -2,22 +2,20 @@
 how often the face is looked for."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import count, product
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..faces import align, usual_place
-from ..guidance import DECODE_MODES, Ascent, FaceSimilarity, guide
-from ..guided_face import GuidedFace, Sight, guided_face, look_again
+from ..faces import align
+from ..guided_face import Sight
 from ..metrics import psnr, similarity
-from ..nano.config import LATENT_SCALE
 from ..recognition import embed
 from ..training import clip_vision
+from .guided import STEP, find_face, guided
 from .held_out import BATCH, HeldOut, Method, kept
 from .measure import markdown
 from .nano_report import difference
@@ -26,7 +24,6 @@ from .shipped import nano_adapter, nano_restorer, nano_tower
 
 ARMS = {False: "blind content", True: "identity adapter"}
 PLACES = {None: "given", 0: "once"}  # find_every, in words
-STEP = 0.1  # the node's default
 MEASURES = ("judge", "guiding", "psnr")
 
 
@@ -50,44 +47,6 @@ class Cell:
         return tuple((name, value) for name, value in asdict(self).items() if value is not None)
 
 
-@dataclass(frozen=True)
-class Guided(Restorer):
-    """A Restorer whose predictions are guided by `ascend` towards `faces`, as the node does it, while t is in `range`
-    (first, last). find(number, z0, face): the face found again in an estimate [1,4,h,w], or None; asked every
-    `find_every` steps (0: never)."""
-
-    ascend: Ascent
-    faces: list[GuidedFace]
-    range: tuple[float, float]
-    alphas: Tensor
-    find_every: int = 0
-    find: Callable[[int, Tensor, GuidedFace], GuidedFace | None] | None = None
-    steps: Iterator[int] = field(default_factory=count)
-
-    def _predict(self, z, t, context, residuals, identity):
-        v, step = super()._predict(z, t, context, residuals, identity), next(self.steps)
-        if not self.range[0] >= t >= self.range[1]:
-            return v
-        signal, noise = self.alphas[t].sqrt(), (1 - self.alphas[t]).sqrt()
-        sigma = (noise / signal).expand(len(z))
-        z0 = signal * z - noise * v
-        if self.find_every and step and step % self.find_every == 0:
-            self.faces[:] = [self.find(i, z0[i:i + 1], face) or face for i, face in enumerate(self.faces)]
-        z0, _ = guide(self.ascend, z / signal, z0, sigma, self.faces)
-        return (signal * z - z0) / noise
-
-
-class Picture(nn.Module):
-    """The VAE's decoder as guidance takes it: latents at unit variance to pictures in [0,1]."""
-
-    def __init__(self, vae: nn.Module):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z / LATENT_SCALE).sample / 2 + 0.5
-
-
 class Sweep:
     """Restores the first `people` of a split in every cell, with `seeds` start noises each; what was measured stays in
     the work folder."""
@@ -104,9 +63,6 @@ class Sweep:
                           "guiding": embed(bench.recogniser, align(bench.truth, bench.landmarks))}
             clip = clip_vision.features(self.method.tower, photos, landmarks)
             self.tokens = self.method.adapter.tokens(self.references, clip)
-        self.alphas = torch.cumprod(1 - torch.tensor(np.linspace(
-            self.method.restorer.schedule["beta_start"] ** 0.5, self.method.restorer.schedule["beta_end"] ** 0.5,
-            self.method.restorer.schedule["num_train_timesteps"]) ** 2), 0).float()
 
     def measure(self, cell: Cell) -> dict[str, Tensor]:
         """Similarity to the truth by the judge and by the guiding recogniser, and PSNR: each [P], over the seeds."""
@@ -136,33 +92,15 @@ class Sweep:
         return torch.cat(images)
 
     def _restorer(self, cell: Cell, who: Tensor) -> Restorer:
-        plain = self.method.restorer
         if cell.step == 0:
-            return plain
-        bench, mode, picture = self.bench, DECODE_MODES[cell.decode], Picture(plain.vae)
-        similarity = FaceSimilarity(picture, bench.recogniser)
-        ascend = Ascent(similarity, cell.step, iterations=cell.iterations, checkpointed=mode.checkpointed)
-        height, width = bench.truth.shape[-2:]
-
-        detector = bench.face_model.detector
-
-        def face(i: int, sight: Sight) -> GuidedFace:
-            return guided_face(sight, self.references[who[[i]]], (height // 8, width // 8), whole=mode.whole)
-
-        def find(i: int, z0: Tensor, last: GuidedFace) -> GuidedFace | None:
-            sight = look_again(picture, detector, z0, last)
-            return sight and face(i, sight)
-
-        def place(row: Tensor) -> Tensor:
-            if cell.find_every is None:
-                return bench.landmarks[row]
-            found = detector.detect(bench.lq[row])
-            return found[0].landmarks if found else usual_place(width, height)
-
-        faces = [face(i, Sight(bench.lq[row], place(row))) for i, row in enumerate(who)]
-        fields = {name: getattr(plain, name) for name in Restorer.__dataclass_fields__}
-        return Guided(**fields, ascend=ascend, faces=faces, range=(999 * (1 - cell.start), 999 * (1 - cell.end)),
-                      alphas=self.alphas, find_every=cell.find_every or 0, find=find)
+            return self.method.restorer
+        bench, rows = self.bench, who.tolist()
+        if cell.find_every is None:
+            sights = [Sight(bench.lq[i], bench.landmarks[i]) for i in rows]
+        else:
+            sights = [find_face(bench.face_model, bench.lq[i]) for i in rows]
+        return guided(self.method.restorer, bench.face_model, sights, [self.references[[i]] for i in rows], cell.step,
+                      cell.iterations, cell.start, cell.end, cell.decode, cell.find_every or 0)
 
 
 def cells(steps: Iterable[float], iterations: Iterable[int], ranges: Sequence[tuple[float, float]],

@@ -57,16 +57,19 @@ class Restorer:
         context = self.context.to(z).expand(len(z), -1, -1)
         for t in solver.timesteps:
             residuals = self.content(self.spec.concat(z, condition), t, context, torch.zeros(()), return_dict=False)
-            if guided:
-                without, with_identity = self._predict(z.repeat(2, 1, 1, 1), t, context.repeat(2, 1, 1),
-                                                       doubled(residuals), identity).chunk(2)
-                guess = without + guidance * (with_identity - without)
-            else:
-                guess = self._predict(z, t, context, residuals, identity)
+            guess = self.predict(z, t, context, residuals, identity, guidance if guided else 1.0)
             z = solver.step(guess, t, z).prev_sample
         return z
 
-    def _predict(self, z, t, context, residuals, identity):
+    def predict(self, z, t, context, residuals, identity, guidance):
+        """What the model predicts for z at t. guidance: other than 1, the identity is nobody's and the person's."""
+        if guidance == 1:
+            return self._unet(z, t, context, residuals, identity)
+        twice = self._unet(z.repeat(2, 1, 1, 1), t, context.repeat(2, 1, 1), doubled(residuals), identity)
+        without, with_identity = twice.chunk(2)
+        return without + guidance * (with_identity - without)
+
+    def _unet(self, z, t, context, residuals, identity):
         down, mid = residuals
         return self.unet(z, t, context, cross_attention_kwargs=None if identity is None else {"identity": identity},
                          down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
