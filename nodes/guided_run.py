@@ -23,7 +23,7 @@ from ..ridfr_core.guidance import (
     GuidanceError,
     guide,
 )
-from ..ridfr_core.guided_face import GuidedFace, Sight, guided_face, look_again
+from ..ridfr_core.guided_face import GuidedFace, Sight, guided_face, look_again, searched
 from .managed import ManagedFaceModel
 
 KEY = "ridfr_guidance"
@@ -35,7 +35,7 @@ class Record:
     """What a RIDFR_GUIDANCE wire carries: the similarities of the last run, filled while it goes on.
 
     similarity: step -> one number per face, of the estimate before that step's guidance; faces: the picture's number of
-    each; notes: what the user should know; fallbacks: of the decode modes for which the memory did not suffice.
+    each; notes: what the user should know; fallbacks: for what the memory did not suffice.
     """
 
     notes: list[str] = field(default_factory=list)
@@ -118,7 +118,7 @@ class Run:
         self.range = [sampling.percent_to_sigma(part) for part in (self.settings.start, self.settings.end)]
         self.sigmas = sigmas.tolist()
         self.readings: list[Reading] = []
-        self.found_at = 0
+        self.find_every, self.found_at = plan.settings.find_every, 0
         self.record.steps, self.record.similarity, self.record.fallbacks = len(self.sigmas) - 1, {}, []
         self.record.faces = [i for i, subject in enumerate(self.subjects, 1) if subject.sight]
         if self.record.faces:
@@ -134,10 +134,10 @@ class Run:
         with torch.inference_mode(False):
             # Tensors made in inference mode may not be kept for a gradient, copies of them may.
             x, denoised, sigma = (tensor.detach().clone() for tensor in (x, denoised, sigma))
+            if self.find_every and self.step >= self.found_at + self.find_every:
+                self._find_faces(denoised)
             while True:
                 try:
-                    if self.settings.find_every and self.step >= self.found_at + self.settings.find_every:
-                        self._find_faces(denoised)
                     guided, similarities = guide(self._ascend, x, denoised, sigma, self.faces)
                     break
                 except Exception as error:
@@ -189,10 +189,16 @@ class Run:
         return Decoder(self.vae.first_stage_model, self.format.process_out, dtype)
 
     def _memory(self, dtype: torch.dtype) -> float:
-        """Bytes that one face's gradient takes, roughly."""
-        height, width = next(((f.box[1] - f.box[0], f.box[3] - f.box[2]) for f in self.faces if f), (0, 0))
+        """Bytes that one face takes, roughly: its gradient, or the search for it."""
+
+        def decoding(box, shrink: int = 1) -> float:
+            size = ((box[1] - box[0]) // shrink, (box[3] - box[2]) // shrink)
+            return self.vae.memory_used_decode((1, self.format.latent_channels, *size), dtype)
+
+        face = next(face for face in self.faces if face)
+        search = decoding(*searched(face.box, self.latent_size)) if self.find_every else 0
         weights = sum(p.numel() for p in self.ascent.parameters()) * 4
-        return weights + GRADIENT * self.vae.memory_used_decode((1, self.format.latent_channels, height, width), dtype)
+        return weights + max(GRADIENT * decoding(face.box), search)
 
     def _face(self, subject: Subject) -> GuidedFace:
         whole = DECODE_MODES[self.mode].whole
@@ -200,15 +206,22 @@ class Run:
         return face.to(self.device)
 
     def _find_faces(self, denoised: Tensor) -> None:
-        """Look for the faces in the estimate itself; where there is none, the last place stays."""
+        """Look for the faces in the estimate itself; where there is none, or no memory for it, the last place stays."""
         self.found_at = self.step
         prefix = "similarity.decoder."
         weights = {name.removeprefix(prefix): w for name, w in self.weights.items() if name.startswith(prefix)}
         decode = partial(torch.func.functional_call, self.ascent.similarity.decoder, weights)
-        for i, face in enumerate(self.faces):
-            if face and (sight := look_again(decode, self.face_model.detector, denoised[i : i + 1], face)):
-                self.subjects[i] = replace(self.subjects[i], sight=sight)
-                self.faces[i] = self._face(self.subjects[i])
+        try:
+            for i, face in enumerate(self.faces):
+                if face and (sight := look_again(decode, self.face_model.detector, denoised[i : i + 1], face)):
+                    self.subjects[i] = replace(self.subjects[i], sight=sight)
+                    self.faces[i] = self._face(self.subjects[i])
+            return
+        except Exception as error:
+            management.raise_non_oom(error)
+        self.find_every = 0
+        management.soft_empty_cache()
+        self._note("Out of memory while the face was looked for again: it is guided where it was seen last.")
 
     def _fall_back(self) -> None:
         """Go on with the next cheaper decode mode; GuidanceError after the last."""
@@ -222,11 +235,13 @@ class Run:
                 f"There is not enough memory to guide, even with the decode mode {self.mode!r}: close other programs, "
                 "or restore smaller pictures."
             )
-        note = f"Out of memory with the decode mode {self.mode!r}: going on with {cheaper[0]!r}."
-        logging.warning(note)
-        self.record.fallbacks.append(note)
-        self._tell(note)
+        self._note(f"Out of memory with the decode mode {self.mode!r}: going on with {cheaper[0]!r}.")
         self._decode_by(cheaper[0])
+
+    def _note(self, text: str) -> None:
+        logging.warning(text)
+        self.record.fallbacks.append(text)
+        self._tell(text)
 
     def _tell(self, text: str) -> None:
         PromptServer.instance.send_progress_text(text, self.settings.node)

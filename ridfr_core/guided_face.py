@@ -13,8 +13,8 @@ from .recognition import CROP_SIZE
 # Brows to lower lip, cheek to cheek, in the pixels of the ArcFace crop: what the recogniser goes by.
 FACE = torch.tensor([[20.0, 34.0], [92.0, 34.0], [92.0, 106.0], [20.0, 106.0]])
 MARGIN = 2  # latent pixels decoded beyond it and thrown away: the decoder is not itself at its edges
-SEARCHED = 3  # a face is looked for in a window of so many times its box
-ENOUGH = 64  # latent pixels: a larger window is looked at in half its size, enough for a detector
+SEARCHED = 3  # a face is looked for in a window of so many times its box, or of ENOUGH
+ENOUGH = 64  # latent pixels; a larger window is looked at in half its size. Averaged latents were tried on nano alone
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right, in latent pixels
 
@@ -53,9 +53,10 @@ class GuidedFace:
 
     @property
     def place(self) -> Tensor:
-        """The middle of the ArcFace crop, x and y in latent pixels, on the CPU."""
+        """The mean of the landmarks, x and y in latent pixels, on the CPU."""
         top, bottom, left, right = self.box
-        middle = (self.grid.mean((0, 1, 2)).cpu() + 1) / 2
+        x, y = ARCFACE_TEMPLATE.mean(0).round().int().tolist()
+        middle = (self.grid[0, y, x].cpu() + 1) / 2
         return middle * torch.tensor([right - left, bottom - top]) + torch.tensor([left, top])
 
     def to(self, *args, **kwargs) -> "GuidedFace":
@@ -94,32 +95,35 @@ def guided_face(sight: Sight, references: Tensor, latent_size: tuple[int, int], 
 
 
 def look_again(decode: Callable[[Tensor], Tensor], detector: Detector, z0: Tensor, face: GuidedFace) -> Sight | None:
-    """A face in an estimate [1,C,h,w], round its last place; of several the nearest to that, None if there is none.
+    """The face in an estimate [1,C,h,w], round its last place: the largest that reaches there, or None.
 
-    decode: latents to pictures in [0,1]. It sees that neighbourhood alone, at half size where it is large: the work
-    does not grow with the picture.
+    decode: latents to pictures in [0,1]. A face reaches as far as it is long, so that a neighbour's is never taken, and
+    a small false find does not keep the true face away.
     """
-    window = _around(face.box, z0.shape[-2:])
-    part = z0[index(window)]
-    if max(part.shape[-2:]) > ENOUGH:
-        part = F.avg_pool2d(part, 2)
+    window, shrink = searched(face.box, z0.shape[-2:])
+    part = z0[index(window)] if shrink == 1 else F.avg_pool2d(z0[index(window)], shrink)
     with torch.no_grad():
         picture = decode(part)[0].float().cpu().clamp(0, 1)
-    first, _, near, far = window
-    place = (face.place - torch.tensor([near, first])) * (picture.shape[-1] / (far - near))
-    found = detector.detect(picture)
-    nearest = min(found, key=lambda one: (one.landmarks.mean(0) - place).norm().item(), default=None)
-    return nearest and Sight(picture, nearest.landmarks, window)
+    top, _, left, right = window
+    place = (face.place - torch.tensor([left, top])) * (picture.shape[-1] / (right - left))
+    for found in detector.detect(picture):  # largest first
+        x1, y1, x2, y2 = found.box.tolist()
+        if (found.landmarks.mean(0) - place).norm() <= max(x2 - x1, y2 - y1):
+            return Sight(picture, found.landmarks, window)
+    return None
 
 
-def _around(box: Box, latent_size: tuple[int, int]) -> Box:
-    """The window of SEARCHED times the box, within the latent, with even sides so that it can be halved."""
+def searched(box: Box, latent_size: tuple[int, int]) -> tuple[Box, int]:
+    """The window in which a face at `box` is looked for, SEARCHED times as large or ENOUGH, and how many of its pixels
+    are averaged to one along each side."""
     sides = []
     for low, high, size in ((*box[:2], latent_size[0]), (*box[2:], latent_size[1])):
-        more = (high - low) * (SEARCHED - 1) // 2
-        low, high = max(low - more, 0), min(high + more, size)
-        sides += [low, high - (high - low) % 2 if high - low > 1 else high]
-    return tuple(sides)
+        side = min(max(SEARCHED * (high - low), ENOUGH), size)
+        low = min(max((low + high - side) // 2, 0), size - side)
+        sides.append((low, low + side))
+    shrink = 2 if max(high - low for low, high in sides) > ENOUGH else 1
+    (top, bottom), (left, right) = ((low, high - (high - low) % shrink) for low, high in sides)
+    return (top, bottom, left, right), shrink
 
 
 def _face_box(matrix: Tensor, latent_size: tuple[int, int], scale: int) -> Box:

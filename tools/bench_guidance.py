@@ -27,47 +27,46 @@ def main() -> None:
     parser.set_defaults(repeats=3)
     parser.add_argument("--base", nargs="+", choices=CASES, default=list(CASES) if cuda else ["sd15"],
                         help="on a processor sd15 alone by default: SDXL takes 12 GiB and minutes for each step")
-    parser.add_argument("--modes", nargs="+", default=sorted({mode for mode, *_ in VARIANTS}),
-                        help="decode modes (default: all but TAESD)")
-    parser.add_argument("--iterations", type=int, nargs="+", default=(1, 2, 4))
+    parser.add_argument("--quick", action="store_true", help="the node's default decode mode and iterations alone")
     options = parser.parse_args()
     pack = started(options)
-    variants = [v for v in VARIANTS if v[0] in options.modes and v[1] in options.iterations]
-    cases = []
-    with torch.inference_mode():
-        for base in options.base:
-            case = replace(CASES[base], dtype=torch.float16 if cuda else torch.float32)
-            cases.append(measured(pack, case, variants, options.repeats, cuda))
-    save(options, "guidance_gpu.json" if cuda else "guidance_cpu.json", {"cases": cases})
+    variants = [variant for variant in VARIANTS if variant[:2] == VARIANTS[0][:2]] if options.quick else VARIANTS
+    for base in options.base:
+        case = replace(CASES[base], dtype=torch.float16 if cuda else torch.float32)
+        with torch.inference_mode():
+            result = measured(pack, case, variants, options.repeats, cuda)
+        save(options, f"guidance_{base}_{'gpu' if cuda else 'cpu'}.json", result)
 
 
 def measured(pack: ModuleType, case: Case, variants: Sequence[tuple], repeats: int, cuda: bool) -> dict:
-    """The variants of one base model, at steps of Euler with CFG 1 and, on SD1.5, the content ControlNet."""
+    """The variants of one base model, which take turns, at steps of Euler with CFG 1 and, on SD1.5, the content
+    ControlNet; and the plain step with CFG."""
     ours, _ = build(pack, case, "cuda" if cuda else "cpu")
     run, clock = sampler(ours, Inputs(case, 1)), gpu_time if cuda else process_time
-    guidance = Guidance(pack, case)
-    say(f"{case.base}: plain steps")
-    with peak(cuda) as plain_peak:
+    guidance, with_cfg, memory = Guidance(pack, case), [], {}
+    with peak(cuda) as plain:
         run(ours.model, 1.0, 1)
-    with_cfg = median_of(lambda: timed(lambda: run(ours.model, CFG, 1), clock), repeats)
+    times = {variant: {"plain": [], "guided": []} for variant in variants}
+    for _ in range(repeats):
+        with_cfg.append(timed(lambda: run(ours.model, CFG, 1), clock))
+        for mode, iterations, search in variants:
+            passed = {"plain": [], "guided": []}
+            model = guidance.install(ours.model, mode, iterations, search, clock, passed)
+            with peak(cuda) as guided:
+                run(model, 1.0, 1 + search)  # the search is in the second step
+            for name, values in passed.items():
+                times[mode, iterations, search][name].append(values[-1])
+            memory[mode, iterations, search] = guided.bytes and guided.bytes - plain.bytes
+            say(f"{case.base}: {mode}, {iterations} iteration(s){', face found again' if search else ''}")
+    plain_step = statistics.median(value for one in times.values() for value in one["plain"])
     results = []
-    for mode, iterations, search in variants:
-        times: dict[str, list[float]] = {"plain": [], "guided": []}
-        with peak(cuda) as guided_peak:
-            for _ in range(repeats):
-                model = guidance.install(ours.model, mode, iterations, search, clock, times)
-                run(model, 1.0, 1 + search)
-        if search:  # which is in every second step
-            times = {name: values[1::2] for name, values in times.items()}
-        plain, guided = (statistics.median(times[name]) for name in ("plain", "guided"))
-        results.append({
-            "mode": mode, "iterations": iterations, "search": search, "seconds": times,
-            "ratio": {"cfg 1": guided / plain, f"cfg {CFG:g}": 1 + (guided - plain) / with_cfg},
-            "bytes_above_plain": guided_peak.bytes - plain_peak.bytes,
-        })
-        say(f"{case.base}: {mode}, {iterations} iteration(s){', face found again' if search else ''}: "
-            f"{results[-1]['ratio']}, {results[-1]['bytes_above_plain'] / 2**30:.2f} GiB above plain")
-    return {"base": case.base, "size": case.size, "dtype": str(case.dtype), "variants": results}
+    for variant, one in times.items():
+        extra = statistics.median(guided - plain for guided, plain in zip(one["guided"], one["plain"]))
+        ratio = {"cfg 1": 1 + extra / plain_step, f"cfg {CFG:g}": 1 + extra / statistics.median(with_cfg)}
+        results.append(dict(zip(("mode", "iterations", "search"), variant)) | {
+            "seconds": one, "ratio": ratio, "bytes_above_plain": memory[variant]})
+    return {"base": case.base, "size": case.size, "dtype": str(case.dtype), "repeats": repeats,
+            "seconds_with_cfg": with_cfg, "variants": results}
 
 
 def sampler(ours: Ours, inputs: Inputs) -> Callable:
@@ -106,8 +105,13 @@ class Guidance:
                             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
         self.vae = comfy.sd.VAE(sd=core.layouts.vae_to_ldm(randomised(vae).state_dict()))
         recogniser = randomised(core.recognition.IResNet())
-        seen = lambda picture: [core.faces.Face(None, core.faces.usual_place(*picture.shape[:-3:-1]), 1.0)]  # noqa: E731
-        face_model = core.face_model.FaceModel("random", SimpleNamespace(detect=seen), recogniser, "")
+
+        def detect(picture: torch.Tensor) -> list:
+            height, width = picture.shape[-2:]
+            box = torch.tensor([0.0, 0.0, width, height])
+            return [core.faces.Face(box, core.faces.usual_place(width, height), 1.0)]
+
+        face_model = core.face_model.FaceModel("random", SimpleNamespace(detect=detect), recogniser, "")
         self.face_model = pack.nodes.managed.ManagedFaceModel(face_model, pack.nodes.managed.managed(recogniser))
         landmarks = core.faces.usual_place(case.size, case.size)
         sight = core.guided_face.Sight(torch.rand(3, case.size, case.size), landmarks)
@@ -137,10 +141,10 @@ class Guidance:
 
 
 class peak:
-    """Within it, the most memory in use is watched: the GPU's, or on Linux this process's; 0 where neither can be."""
+    """Within it, the most memory in use is watched: the GPU's, or on Linux this process's; None for neither."""
 
     def __init__(self, cuda: bool):
-        self.cuda, self.bytes = cuda, 0
+        self.cuda, self.bytes = cuda, None
 
     def __enter__(self) -> peak:
         if self.cuda:
@@ -162,10 +166,6 @@ def timed(function: Callable, clock: Callable[[], float]) -> float:
     began = clock()
     function()
     return clock() - began
-
-
-def median_of(measure: Callable[[], float], repeats: int) -> float:
-    return statistics.median(measure() for _ in range(repeats))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def measure(stage: str, options: argparse.Namespace, more: list[str]) -> tuple[P
     first, last = (json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[-2:])
     seconds = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
     return path, {"steps": options.steps, "seconds_per_step": round(seconds, 3), "loss": last["loss"],
-                  "peak_memory_gib": round(used.bytes / 2**30, 2)}
+                  "peak_memory_gib": used.bytes and round(used.bytes / 2**30, 2)}
 
 
 def train(stage: str, options: argparse.Namespace, out: Path, steps: int, more: list[str]) -> Path:

@@ -12,7 +12,7 @@ AT_SCALE = {
 
 
 def describe(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Begin with `ridfr train content --show`; data, hours and hardware: docs/training.md."
+    parser.epilog = "Begin with `ridfr train content --show`; data and settings: docs/training.md."
     recipes = parser.add_subparsers(dest="recipe", required=True, metavar="recipe")
     for name, summary in AT_SCALE.items():
         stage = recipes.add_parser(name, help=summary, description=summary)
@@ -28,7 +28,8 @@ def describe(parser: argparse.ArgumentParser) -> None:
     nano.add_argument("--work", type=Path, required=True, help="folder for portraits and checkpoints")
     nano.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
     nano.add_argument("--from-shipped", action="store_true",
-                      help="take the shipped weights where the work folder has no checkpoint")
+                      help="take the shipped VAE, CLIP vision, base and adapter where the work folder has no "
+                           "checkpoint; the face models are then trained only if they are named")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from .shipped import nano_adapter, nano_restorer, nano_tower
 
 ARMS = {False: "blind content", True: "identity adapter"}
 PLACES = {None: "given", 0: "once"}  # find_every, in words
+SEARCH = 2  # raise it when the search for faces changes; see held_out.PROTOCOL
 MEASURES = ("judge", "guiding", "psnr")
 
 
@@ -78,7 +79,8 @@ class Sweep:
             measured = {name: similarity(seen[name], self.truth[name]) for name in seen}
             return measured | {"psnr": psnr(images, bench.truth)}
 
-        return kept(self.bench.cache, (self.key, cell.name, seed), compute)
+        detector = () if cell.find_every is None else (SEARCH, self.bench.face_model.detector.digest)
+        return kept(self.bench.cache, (self.key, cell.name, seed, *detector), compute)
 
     def _restore(self, cell: Cell, seed: int) -> Tensor:
         """Restored faces [P,3,S,S]; a person's start noise is the same in every cell."""

@@ -1,7 +1,7 @@
 """ID-preserving sampling in a Restorer, as the node does it in ComfyUI."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import count
 
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class Guided(Restorer):
     find_every: int = 0
     find: Callable[[int, Tensor, GuidedFace], GuidedFace | None] | None = None
     steps: Iterator[int] = field(default_factory=count)
+    searched: list[int] = field(default_factory=lambda: [0])  # at which steps
 
     def predict(self, z, t, *args):
         guess, step = super().predict(z, t, *args), next(self.steps)
@@ -40,7 +41,8 @@ class Guided(Restorer):
         signal, noise = self.alphas[t].sqrt(), (1 - self.alphas[t]).sqrt()
         v = self.schedule["prediction_type"] == "v_prediction"
         z0 = signal * z - noise * guess if v else (z - noise * guess) / signal
-        if self.find_every and step and step % self.find_every == 0:
+        if self.find_every and step >= self.searched[-1] + self.find_every:
+            self.searched.append(step)
             self.faces[:] = [self.find(i, z0[i:i + 1], face) or face for i, face in enumerate(self.faces)]
         z0, _ = guide(self.ascend, z / signal, z0, (noise / signal).expand(len(z)), self.faces)
         return (signal * z - z0) / noise if v else (z - signal * z0) / noise
@@ -86,6 +88,5 @@ def guided(plain: Restorer, face_model: FaceModel, sights: Sequence[Sight], refe
         return sight and face(i, sight)
 
     alphas = UniPCMultistepScheduler.from_config(plain.schedule).alphas_cumprod.to(device)
-    own = {one.name: getattr(plain, one.name) for one in fields(Restorer)}
-    return Guided(**own, ascend=ascend, faces=[face(i, sight) for i, sight in enumerate(sights)],
+    return Guided(**vars(plain), ascend=ascend, faces=[face(i, sight) for i, sight in enumerate(sights)],
                   range=(999 * (1 - start), 999 * (1 - end)), alphas=alphas, find_every=find_every, find=find)

@@ -103,18 +103,19 @@ class NanoReport:
         rows = [("the LQ face itself", "", bench.compare(bench.lq)), ("blind", "0.389 (GPEN, the best)", blind)]
         rows += [(f"RIDFR, guidance {guidance:g}", "0.549", one) for guidance, one in restored.items()]
         rows += [("RIDFR with another person's photo, guidance 1", "", wrong)]
-        table = [[name, paper, str(bootstrap(ids(one))), mean(one.psnr), mean(one.ssim)] for name, paper, one in rows]
+        table = [[name, paper, str(bootstrap(ids(one))), mean(one.psnr), mean(one.ssim),
+                  "" if one.variance.isnan().any() else str(bootstrap(one.variance))] for name, paper, one in rows]
         rows = bench.references[:, 0]
         photo = bench.judged(bench.portraits.batch(rows), bench.portraits.landmarks[rows])
         photo = similarity(photo, bench.truth_embeddings)
-        table.append(["another true photo of the person", "", str(bootstrap(photo)), "", ""])
+        table.append(["another true photo of the person", "", str(bootstrap(photo)), "", "", ""])
         claims = [
             Claim(f"RIDFR over blind, guidance {guidance:g}", "1.41",
                   ratio(ids(one), ids(blind)), 1, True, 1.5)
             for guidance, one in restored.items()
         ]
         return Section("Table 1: identity similarity, RIDFR against blind",
-                       markdown(["", "paper, IDS-HQ", "nano, IDS-HQ", "PSNR", "SSIM"], table), claims)
+                       markdown(["", "paper, IDS-HQ", "nano, IDS-HQ", "PSNR", "SSIM", "I.V."], table), claims)
 
     def small_references(self) -> Section:
         """RIDFR's Table 2, with the first two references."""
@@ -170,10 +171,11 @@ class NanoReport:
             alike = {name: torch.stack([ids(one) for one in seeds]).mean(0) for name, seeds in measured.items()}
             table += [[name, f"{guidance:g}", paper[name], str(bootstrap(variance[name])),
                        of_seeds([one.variance for one in measured[name]]), str(bootstrap(alike[name])),
-                       of_seeds([one.similarity for one in measured[name]])] for name in ARMS]
+                       of_seeds([one.similarity for one in measured[name]]),
+                       mean(torch.stack([one.psnr for one in measured[name]]))] for name in ARMS]
             claims += alignment_claims(variance, alike, f", guidance {guidance:g}")
         head = ["arm", "guidance", "paper, I.V.", "nano, I.V.", "I.V. of each seed", "nano, IDS-HQ",
-                "IDS-HQ of each seed"]
+                "IDS-HQ of each seed", "PSNR"]
         return Section("Table 4: identity variance", markdown(head, table), claims)
 
     def strengths(self) -> Section:

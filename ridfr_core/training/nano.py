@@ -127,6 +127,7 @@ STAGES = {
     "align": lambda nano: nano.export_content(nano.blended, f"{1 - ALIGNED:g} content + {ALIGNED:g} align"),
     "figures": lambda nano: nano_figures.write(nano),
 }
+FACE_STAGES = ("recogniser", "small", "judge", "detector")
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -139,12 +140,14 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> No
 def train(stages: list[str], work: Path, threads: int, from_shipped: bool = False) -> None:
     """Run the named stages in their order (all of them if none is named).
 
-    from_shipped: take the shipped weights for finished runs where `work` has none.
+    from_shipped: take the shipped weights for finished runs where `work` has none; see `adopt`. The recognisers and the
+    detector, which are not among them, stay as they are unless they are named.
     """
     torch.set_num_threads(threads)
     if from_shipped:
         work.mkdir(parents=True, exist_ok=True)
         adopt(work)
+        stages = stages or [name for name in STAGES if name not in FACE_STAGES]
     nano = NanoTraining(work)
     for name in stages or STAGES:
         STAGES[name](nano)

@@ -22,15 +22,14 @@ from .loop import Recipe, Run
 from .losses import Noised, control, error, misalignment
 from .nano_vae import near
 from .networks import build_adapter, let_identity_in
-from .portrait_data import PortraitSet
+from .portrait_data import SIZES, PortraitSet
 from .references import shrink
 
 BASE = Recipe(steps=11500, batch=16, lr=1e-3, ema=0.998)
 ADAPT = Recipe(steps=10100, batch=16, lr=8e-4, ema=0.997)
 CONTENT = Recipe(steps=3000, batch=16, lr=8e-4, ema=0.997)
 ALIGN = Recipe(steps=700, batch=8, lr=3e-4, ema=0.99)
-REFERENCES = (128, 64, 32, 16)  # pixels: the whole portrait to an eighth, as the paper's 512 to 64
-LAMBDA = 0.1  # of the shipped weights; the paper's 1.0 cost 5 % of the identity similarity here
+LAMBDA = 0.1  # of the shipped weights; what others cost is in nano/REPORT.md
 
 SEVERE = DegradationRange(sigma=(2.0, 4.0), ratio=(6.0, 10.0), noise=(5.0, 15.0), quality=(40, 80))
 SPEC = ContentSpec(value_range="-1..1", kernel="area", base="nano")
@@ -195,7 +194,7 @@ def train_adapter(run_folder, material: Material, unet: nn.Module, recipe: Recip
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = material.rows(recipe, generator)
         drop = torch.rand(recipe.batch, generator=generator) < 0.1
-        sizes = drawn((PORTRAIT, PORTRAIT, *REFERENCES), recipe.batch, generator)
+        sizes = drawn((PORTRAIT, PORTRAIT, *SIZES), recipe.batch, generator)
         noised = Noised.draw(material.latents[rows].float(), noise_schedule, generator)
         with torch.autocast("cpu", torch.bfloat16):
             tokens = adapter.tokens(*material.identity(rows, drop, sizes), shortcut=True)
@@ -242,7 +241,7 @@ def train_aligned(
         rows = material.rows(recipe, generator)
         turns = torch.rand(recipe.batch, views - 1, generator=generator).argsort(1)[:, :2] + 1
         references = (rows - rows % views)[:, None] + (rows[:, None] + turns) % views  # two other views of the person
-        sizes = drawn(REFERENCES, 2 * recipe.batch, generator)
+        sizes = drawn(SIZES, 2 * recipe.batch, generator)
         nobody = torch.rand(recipe.batch, generator=generator) < 0.2
         noised = Noised.draw(material.latents[rows].float(), noise_schedule, generator)
         twice, lq = noised.repeat(2), material.lq(rows, generator).repeat(2, 1, 1, 1)

@@ -15,6 +15,7 @@ from ..nano.portraits import SPLITS, captions, render
 from .files import write_whole
 
 CHUNK = 250
+SIZES = (PORTRAIT, 64, 32, 16)  # of references, in pixels: to an eighth, as the paper's 512 to 64
 
 
 @dataclass(frozen=True)

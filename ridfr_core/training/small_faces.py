@@ -1,7 +1,7 @@
 """Teach the trained recogniser to read small faces: `ridfr train nano small`.
 
-The embedding of a shrunken portrait is drawn to the one that the recogniser gave for the whole portrait before. So the
-space of embeddings stays, and with it what was trained on it.
+The embedding of a shrunken portrait is drawn to the one that the recogniser gave for the whole portrait before, so that
+the space of embeddings stays nearly as it was, and with it what was trained on it.
 """
 
 import copy
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from ..faces import align
 from ..nano import WEIGHTS
+from ..nano.config import PORTRAIT
 from ..recognition import Affine, IResNet, embed, load_iresnet
 from .loop import Recipe, Run
-from .portrait_data import PortraitSet, portrait_set
+from .portrait_data import SIZES, PortraitSet, portrait_set
 from .recogniser import ROLES, export_onnx, record, training_crops, verification
 from .references import shrink
 
 RECIPE = Recipe(steps=2400, batch=48, lr=1e-3, ema=0.995, cooldown=0.7)
-SIZES = (128, 64, 32, 16)  # pixels of the whole portrait, an equal part of each batch
 
 
 def train_small_faces(work: Path) -> dict:
@@ -87,5 +87,5 @@ def at_sizes(network: nn.Module, portraits: PortraitSet) -> dict[int, dict[str, 
         parts = [embed(network, align(*shrink(portraits.batch(rows), portraits.landmarks[rows], size)))
                  for rows in torch.arange(len(portraits)).split(100)]
         found[size] = torch.cat(parts)
-    people, whole = torch.arange(len(portraits)) // portraits.views, found[SIZES[0]]
+    people, whole = torch.arange(len(portraits)) // portraits.views, found[PORTRAIT]
     return {size: verification(small, people, against=whole) for size, small in found.items()}

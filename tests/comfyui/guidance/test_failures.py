@@ -60,6 +60,18 @@ def test_out_of_memory_goes_on_with_less(guided, nano, sample, pack, alive, monk
     assert alive() == 0
 
 
+def test_out_of_memory_in_the_search_leaves_the_faces_where_they_are(guided, nano, sample, pack, monkeypatch):
+    def scarce(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pack.nodes.guided_run, "look_again", scarce)
+    model, record = guided(find_every=1)
+    assert torch.equal(sample(model, nano.prompt, steps=4), sample(guided()[0], nano.prompt, steps=4))
+    assert record.fallbacks == [
+        "Out of memory while the face was looked for again: it is guided where it was seen last."
+    ]
+
+
 def test_nan_from_the_model(guided, nano, sample, alive):
     broken = nano.model.clone()
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ridfr_core.faces import FFHQ_TEMPLATE, Face
+
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
@@ -96,16 +98,27 @@ def test_taesd(guided, nano, sample, pack, tmp_path, monkeypatch):
         folder_paths.filename_list_cache.pop("vae_approx", None)
 
 
-def test_find_the_face_again(guided, nano, sample, face_model, monkeypatch):
-    """The faces are looked for every second step, in the decoded estimates."""
-    seen = []
-    detector = type(face_model.model.detector)
-    detect = detector.detect
-    monkeypatch.setattr(detector, "detect", lambda self, image: seen.append(image.shape) or detect(self, image))
+def test_find_the_face_again(guided, nano, sample, face_model, pack, monkeypatch):
+    """The faces are looked for every second step, in the decoded estimates, and guided where they are found."""
+    seen, places = [], []
     model = guided(find_every=2)[0]
-    seen.clear()
+
+    def found(self, image):
+        landmarks = FFHQ_TEMPLATE / 4 + torch.tensor([len(seen) - 8.0, 5.0])
+        seen.append(image)
+        return [Face(torch.tensor([20.0, 20.0, 110.0, 120.0]), landmarks, 1.0)]
+
+    def guide(ascend, x, denoised, sigma, faces):
+        places.append([(face.place * 8).round().tolist() for face in faces])
+        return real(ascend, x, denoised, sigma, faces)
+
+    real = pack.nodes.guided_run.guide
+    monkeypatch.setattr(pack.nodes.guided_run, "guide", guide)
+    monkeypatch.setattr(type(face_model.model.detector), "detect", found)
     sample(model, nano.prompt, steps=5)
-    assert seen == [(3, 128, 128)] * 4  # two pictures at steps 3 and 5
+    assert [image.shape for image in seen] == [(3, 128, 128)] * 4  # two pictures at steps 3 and 5
+    first = places[0]
+    assert places == [first, first, [[57, 82], [58, 82]], [[57, 82], [58, 82]], [[59, 82], [60, 82]]]
 
 
 def test_no_step_waits_for_a_value(guided, nano, sample, pack, monkeypatch):
