@@ -53,7 +53,7 @@ class IDPreservingSampling(io.ComfyNode):
                 io.Float.Input(
                     "step_size",
                     display_name="step size",
-                    default=0.1,
+                    default=0.2,
                     min=0.0,
                     max=1000.0,
                     step=0.01,
@@ -65,8 +65,8 @@ class IDPreservingSampling(io.ComfyNode):
                     display_name="step size is",
                     options=[RELATIVE, RAW],
                     default=RELATIVE,
-                    tooltip=f"'{RELATIVE}': 0.1 changes the predicted noise at the face by a tenth, whatever the model "
-                    f"and the moment; 0.02 to 0.2 are usual. '{RAW}': the gradient is multiplied by it; right values "
+                    tooltip=f"'{RELATIVE}': 0.2 changes the predicted noise at the face by a fifth, whatever the model "
+                    f"and the moment; 0.03 to 0.3 are usual. '{RAW}': the gradient is multiplied by it; right values "
                     "differ from model to model and may be in the hundreds.",
                 ),
                 io.Int.Input(
@@ -124,10 +124,11 @@ class IDPreservingSampling(io.ComfyNode):
                     options=list(DECODE_MODES),
                     default="face",
                     tooltip="How the picture is looked at. 'face' decodes brows to mouth alone and takes hair and neck "
-                    "from the LQ image; 'whole picture' is exact, and takes the more time and memory the larger the "
-                    "picture is beside the face; 'checkpointed' computes some things twice to keep less in memory; "
-                    "'bf16' halves the memory again, less exact; 'TAESD' uses ComfyUI's preview decoder from "
-                    "models/vae_approx, fast and approximate. When memory runs out, the next one is used.",
+                    "from the picture in which the face was found; 'whole picture' is exact, and takes more time and "
+                    "memory the larger the picture is beside the face; 'checkpointed' computes some things twice to "
+                    "keep less in memory; 'bf16' computes in half precision, less exact; 'TAESD' uses ComfyUI's "
+                    "preview decoder from models/vae_approx, fast and approximate. When memory runs out, the next one "
+                    "is used.",
                 ),
                 io.Int.Input(
                     "find_every",
@@ -136,7 +137,8 @@ class IDPreservingSampling(io.ComfyNode):
                     min=0,
                     max=100,
                     tooltip="After so many steps the face is looked for in the picture that is taking shape: in a "
-                    "very degraded photo its place is only a guess. Costs a decoding each time. 0: never.",
+                    "very degraded photo its place is only a guess. Costs a decoding and a search on the "
+                    "processor each time. 0: never.",
                 ),
             ],
             outputs=[

@@ -24,12 +24,13 @@ def workflow(checkout) -> dict:
 
 @pytest.fixture(scope="module")
 def small(workflow, object_info) -> dict:
-    """The shipped graph for two people and three steps, in API format."""
+    """The shipped graph for two people and three steps, with a search in each, in API format."""
     graph = convert_ui_to_api(workflow, object_info)
     for node in graph.values():
         node["inputs"].update({"people": 2} if node["class_type"] == "RIDFR_NanoPortraits" else {})
         node["inputs"].update({"batch_size": 2} if node["class_type"] == "EmptyLatentImage" else {})
         node["inputs"].update({"steps": 3} if node["class_type"] == "KSampler" else {})
+        node["inputs"].update({"find_every": 1} if node["class_type"] == GUIDE else {})
     return graph
 
 
