@@ -1,6 +1,7 @@
 """Eq. 7 on ComfyUI's MODEL: wrappers round each prediction (PREDICT_NOISE) and round the whole run (OUTER_SAMPLE)."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -118,7 +119,7 @@ class Run:
         self.range = [sampling.percent_to_sigma(part) for part in (self.settings.start, self.settings.end)]
         self.sigmas = sigmas.tolist()
         self.readings: list[Reading] = []
-        self.find_every, self.found_at = plan.settings.find_every, 0
+        self.find_every, self.found_at = plan.settings.find_every, -math.inf
         self.record.steps, self.record.similarity, self.record.fallbacks = len(self.sigmas) - 1, {}, []
         self.record.faces = [i for i, subject in enumerate(self.subjects, 1) if subject.sight]
         if self.record.faces:

@@ -45,10 +45,10 @@ def measured(pack: ModuleType, case: Case, variants: Sequence[tuple], repeats: i
     run, clock = sampler(ours, Inputs(case, 1)), gpu_time if cuda else process_time
     guidance, with_cfg, memory = Guidance(pack, case), [], {}
     with peak(cuda) as plain:
-        run(ours.model, 1.0, 1)
+        run(ours.model, 1.0)
     times = {variant: {"plain": [], "guided": []} for variant in variants}
     for _ in range(repeats):
-        with_cfg.append(timed(lambda: run(ours.model, CFG, 1), clock))
+        with_cfg.append(timed(lambda: run(ours.model, CFG), clock))
         for mode, iterations, search in variants:
             passed = {"plain": [], "guided": []}
             model = guidance.install(ours.model, mode, iterations, search, clock, passed)
@@ -70,7 +70,7 @@ def measured(pack: ModuleType, case: Case, variants: Sequence[tuple], repeats: i
 
 
 def sampler(ours: Ours, inputs: Inputs) -> Callable:
-    """run(model, cfg, steps): steps of Euler."""
+    """run(model, cfg): one step of Euler."""
     import comfy.sample
 
     from nodes import ControlNetApplyAdvanced
@@ -81,9 +81,9 @@ def sampler(ours: Ours, inputs: Inputs) -> Callable:
         positive, negative = ControlNetApplyAdvanced().apply_controlnet(
             positive, negative, ours.control, inputs.lq.movedim(1, -1), 1.0, 0.0, 1.0)
 
-    def run(model, cfg: float, steps: int):
+    def run(model, cfg: float):
         zeros = torch.zeros_like(inputs.noise)
-        return comfy.sample.sample(model, inputs.noise, steps, cfg, "euler", "normal", positive, negative, zeros,
+        return comfy.sample.sample(model, inputs.noise, 1, cfg, "euler", "normal", positive, negative, zeros,
                                    disable_pbar=True)
 
     return run
