@@ -72,6 +72,6 @@ def test_the_face_is_looked_for_every_so_many_steps_and_a_face_unseen_stays_wher
     restorer = replace(guided(v, ascend, (999.0, 0.0), alphas), faces=list(faces), find_every=2, find=find)
     for _ in range(5):
         restorer.predict(z, torch.tensor(500), None, (None, None), None, 1.0)
-    assert asked == [(4, 0), (4, 1), (8, 0), (8, 1)]
-    first, second = faces
-    assert all(a is b for a, b in zip(used, [first, second] * 2 + [moved, second] * 3, strict=True))
+    assert asked == [(0, 0), (0, 1), (4, 0), (4, 1), (8, 0), (8, 1)]
+    second = faces[1]
+    assert all(a is b for a, b in zip(used, [moved, second] * 5, strict=True))

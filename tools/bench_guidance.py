@@ -53,9 +53,9 @@ def measured(pack: ModuleType, case: Case, variants: Sequence[tuple], repeats: i
             passed = {"plain": [], "guided": []}
             model = guidance.install(ours.model, mode, iterations, search, clock, passed)
             with peak(cuda) as guided:
-                run(model, 1.0, 1 + search)  # the search is in the second step
+                run(model, 1.0)
             for name, values in passed.items():
-                times[mode, iterations, search][name].append(values[-1])
+                times[mode, iterations, search][name] += values
             memory[mode, iterations, search] = guided.bytes and guided.bytes - plain.bytes
             say(f"{case.base}: {mode}, {iterations} iteration(s){', face found again' if search else ''}")
     plain_step = statistics.median(value for one in times.values() for value in one["plain"])

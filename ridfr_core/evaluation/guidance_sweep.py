@@ -24,7 +24,7 @@ from .shipped import nano_adapter, nano_restorer, nano_tower
 
 ARMS = {False: "blind content", True: "identity adapter"}
 PLACES = {None: "given", 0: "once"}  # find_every, in words
-SEARCH = 2  # raise it when the search for faces changes; see held_out.PROTOCOL
+SEARCH = 3  # raise it when the search for faces changes; see held_out.PROTOCOL
 MEASURES = ("judge", "guiding", "psnr")
 
 
@@ -32,7 +32,8 @@ MEASURES = ("judge", "guiding", "psnr")
 class Cell:
     """One point of the sweep. adapter: with the identity adapter, or blind content alone; step: relative to the noise's
     RMS, 0 is no guidance; start, end: of the run, 0 to 1; decode: a key of DECODE_MODES. find_every: None, the face's
-    true place is given; else it is looked for as the node does it, in the LQ face and again every so many steps."""
+    true place is given; else it is looked for as the node does it, in the LQ face, in the first estimate and again
+    every so many steps; 0: in the LQ face alone."""
 
     adapter: bool
     step: float = 0.0

@@ -1,5 +1,6 @@
 """ID-preserving sampling in a Restorer, as the node does it in ComfyUI."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -22,7 +23,7 @@ class Guided(Restorer):
     """A Restorer whose predictions are guided by `ascend` towards `faces` while t is in `range` (first, last).
 
     alphas: [1000], cumulative. find(number, z0, face): the face found again in an estimate [1,4,h,w], or None; asked
-    every `find_every` steps (0: never).
+    at the first guided step and every `find_every` steps after (0: never).
     """
 
     ascend: Ascent
@@ -32,7 +33,7 @@ class Guided(Restorer):
     find_every: int = 0
     find: Callable[[int, Tensor, GuidedFace], GuidedFace | None] | None = None
     steps: Iterator[int] = field(default_factory=count)
-    searched: list[int] = field(default_factory=lambda: [0])  # at which steps
+    searched: list[float] = field(default_factory=lambda: [-math.inf])  # at which steps
 
     def predict(self, z, t, *args):
         guess, step = super().predict(z, t, *args), next(self.steps)

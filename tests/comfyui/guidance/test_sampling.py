@@ -99,7 +99,8 @@ def test_taesd(guided, nano, sample, pack, tmp_path, monkeypatch):
 
 
 def test_find_the_face_again(guided, nano, sample, face_model, pack, monkeypatch):
-    """The faces are looked for every second step, in the decoded estimates, and guided where they are found."""
+    """The faces are looked for at once and every second step, in the decoded estimates, and guided where they are
+    found."""
     seen, places = [], []
     model = guided(find_every=2)[0]
 
@@ -116,9 +117,9 @@ def test_find_the_face_again(guided, nano, sample, face_model, pack, monkeypatch
     monkeypatch.setattr(pack.nodes.guided_run, "guide", guide)
     monkeypatch.setattr(type(face_model.model.detector), "detect", found)
     sample(model, nano.prompt, steps=5)
-    assert [image.shape for image in seen] == [(3, 128, 128)] * 4  # two pictures at steps 3 and 5
-    first = places[0]
-    assert places == [first, first, [[57, 82], [58, 82]], [[57, 82], [58, 82]], [[59, 82], [60, 82]]]
+    assert [image.shape for image in seen] == [(3, 128, 128)] * 6  # two pictures at steps 1, 3 and 5
+    first, second, third = [[57, 82], [58, 82]], [[59, 82], [60, 82]], [[61, 82], [62, 82]]
+    assert places == [first, first, second, second, third]
 
 
 def test_no_step_waits_for_a_value(guided, nano, sample, pack, monkeypatch):
