@@ -260,7 +260,7 @@ def plot(points: Sequence[tuple[float, float, float]], path: Path) -> None:
     strengths, variances, similarities = zip(*points)
     axes.plot(variances, similarities, marker="o")
     for strength, x, y in points:
-        axes.annotate(f"λ {strength:g}", (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axes.annotate(f"λ {strength:g}", (x, y), xytext=(-6, 5), textcoords="offset points", fontsize=8, ha="right")
     axes.margins(0.1)  # room for the outermost labels
     axes.set(xlabel="identity variance", ylabel="identity similarity to the truth")
     figure.savefig(path)
