@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import checkpoints
 from .faces import Detector
+from .nano import WEIGHTS
 from .recognition import CROP_SIZE, FaceModelError, load_iresnet
 
 EMBEDDING = 512
@@ -81,6 +82,12 @@ def load_face_model(folder: str | Path, operations: ModuleType | type = nn, bgr:
     path = roles["recogniser"]
     digest = ("bgr-" if bgr else "") + digest_of(path)
     return FaceModel(folder.name, Detector(roles["detector"]), _recogniser(path, operations, bgr), digest)
+
+
+def face_model_of(pack: str) -> FaceModel:
+    """"nano", "nano_judge", or the folder of an insightface pack."""
+    shipped = WEIGHTS / "insightface" / "models" / pack
+    return load_face_model(shipped if shipped.is_dir() else pack)
 
 
 def _models(folder: Path, below: str) -> list[Path]:

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from ridfr_core.cli import main
-from ridfr_core.evaluation.folder import EvaluationError, export_portraits, face_model_of, find_tasks
+from ridfr_core.evaluation.folder import EvaluationError, export_portraits, find_tasks
 from ridfr_core.evaluation.measure import Row, averages, summary, variance
+from ridfr_core.face_model import face_model_of
 
 PEOPLE, REFERENCES = 2, 2
 EVERYWHERE = SimpleNamespace(detect=lambda image: ["a face"])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ridfr_core.evaluation.guided import Guided
-from ridfr_core.evaluation.restorer import Restorer
 from ridfr_core.guided_face import Sight, guided_face
+from ridfr_core.restorer import Restorer
 
 LANDMARKS = torch.tensor([[22.0, 28], [42, 28], [32, 38], [25, 48], [39, 48]])
 

@@ -43,6 +43,14 @@ def test_heavy_packages_are_imported_where_they_are_used(checkout, folder):
     assert not found(checkout, folder, lambda name, outer: outer and name in HEAVY)
 
 
+def test_training_knows_nothing_of_evaluation(checkout):
+    """Evaluation trains the arms that it compares, so never the other way round."""
+    for path in (checkout / "ridfr_core" / "training").rglob("*.py"):
+        relative = [node.module or "" for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                    if isinstance(node, ast.ImportFrom) and node.level]
+        assert not [name for name in relative if name.split(".")[0] == "evaluation"], path.name
+
+
 def test_core_loads_without_comfyui_and_without_heavy_packages(checkout):
     """Every module of ridfr_core but training, in a Python of its own that refuses ComfyUI and the heavy packages."""
     names = [".".join(path.relative_to(checkout).with_suffix("").parts).removesuffix(".__init__")

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ridfr_core.evaluation import held_out, nano_report
+from ridfr_core.evaluation import held_out, nano_figures, nano_report
 from ridfr_core.evaluation.held_out import HeldOut, Method
 from ridfr_core.evaluation.shipped import nano_adapter, nano_restorer, nano_tower
 from ridfr_core.metrics import Interval
-from ridfr_core.training import nano_arms, nano_diffusion, nano_figures
+from ridfr_core.training import nano_arms, nano_diffusion
 from ridfr_core.training.portrait_data import portrait_set
 from ridfr_core.training.recogniser import iresnet
 from tests import nano_random

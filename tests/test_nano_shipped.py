@@ -7,9 +7,10 @@ import torch
 
 from ridfr_core.checkpoints import read
 from ridfr_core.content import controlnet_to_ldm
+from ridfr_core.evaluation import nano_figures
 from ridfr_core.layouts import vae_to_ldm
 from ridfr_core.nano import WEIGHTS
-from ridfr_core.training import nano_diffusion, nano_figures, nano_vae
+from ridfr_core.training import nano_diffusion, nano_vae
 from ridfr_core.training.loop import Run
 from ridfr_core.training.nano import ALIGNED, NanoTraining
 from ridfr_core.training.nano_shipped import CAPTIONS, adopt, from_ldm
@@ -36,7 +37,7 @@ def test_the_figures_of_the_shipped_weights_need_no_training(tmp_path, monkeypat
     monkeypatch.setattr(Run, "train", lambda *args: pytest.fail("trains"))
     for name, value in (("WEIGHTS", tmp_path), ("PEOPLE", 2), ("STEPS", 2)):
         monkeypatch.setattr(nano_figures, name, value)
-    nano_figures.write(NanoTraining(tmp_path))
+    nano_figures.write(tmp_path)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures) == {"shipped"} and figures["shipped"]["vae"]["psnr"] > 20
     assert (tmp_path / "figures.png").exists()

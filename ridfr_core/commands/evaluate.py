@@ -114,9 +114,9 @@ def evaluate(options: argparse.Namespace) -> None:
         return run_guidance(options)
     if options.report:
         return run_report(options)
-    from ..training import nano
+    from ..evaluation import nano_figures
 
-    nano.train(["figures"], options.work, options.threads, from_shipped=True)
+    nano_figures.write(options.work)
 
 
 def run_folder(options: argparse.Namespace) -> None:

@@ -10,20 +10,18 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import numpy
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor, nn
 
 from ..adapter import IdentityAdapter
 from ..color import adain_transfer, wavelet_transfer
-from ..face_model import FaceModel, load_face_model
+from ..face_model import FaceModel
 from ..faces import Detector, align
-from ..nano import WEIGHTS
+from ..pictures import read_image, resized, to_pil
 from ..recognition import embed
+from ..restorer import KeysValues, Restorer
 from .guided import find_face, guided
-from .restorer import KeysValues, Restorer
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 COLOR_FIX = {"wavelet": wavelet_transfer, "adain": adain_transfer}
@@ -90,30 +88,6 @@ def readable(folder: Path, unusable: dict[Path, str]) -> list[Path]:
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # by format and damage
             unusable[path] = str(error)
     return good
-
-
-def read_image(path: Path) -> Tensor:
-    """[3,H,W] in [0,1], upright."""
-    with Image.open(path) as file:
-        pixels = numpy.array(ImageOps.exif_transpose(file).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """[3,H,W] -> [3,*size]."""
-    if image.shape[-2:] == size:
-        return image
-    return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-
-
-def face_model_of(pack: str) -> FaceModel:
-    """"nano", "nano_judge", or the folder of an insightface pack."""
-    shipped = WEIGHTS / "insightface" / "models" / pack
-    return load_face_model(shipped if shipped.is_dir() else pack)
 
 
 @dataclass(frozen=True, eq=False)

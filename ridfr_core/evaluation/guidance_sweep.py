@@ -14,12 +14,12 @@ from ..faces import align
 from ..guided_face import Sight
 from ..metrics import psnr, similarity
 from ..recognition import embed
+from ..restorer import Restorer
 from ..training import clip_vision
 from .guided import STEP, find_face, guided
 from .held_out import BATCH, HeldOut, Method, kept
 from .measure import markdown
 from .nano_report import difference
-from .restorer import Restorer
 from .shipped import nano_adapter, nano_restorer, nano_tower
 
 ARMS = {False: "blind content", True: "identity adapter"}

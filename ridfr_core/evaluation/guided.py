@@ -11,7 +11,7 @@ from ..face_model import FaceModel
 from ..faces import usual_place
 from ..guidance import DECODE_MODES, Ascent, FaceSimilarity, guide
 from ..guided_face import GuidedFace, Sight, guided_face, look_again
-from .restorer import Restorer
+from ..restorer import Restorer
 
 # as the node's inputs
 STEP = 0.2

@@ -19,11 +19,11 @@ from ..metrics import identity_variance, psnr, similarity, ssim
 from ..nano import WEIGHTS
 from ..nano.config import PORTRAIT
 from ..recognition import embed
+from ..restorer import Restorer
 from ..training import clip_vision, references
 from ..training.files import write_whole
 from ..training.nano_diffusion import SEVERE
 from ..training.portrait_data import fingerprint, portrait_set
-from .restorer import Restorer
 
 BATCH = 32
 PROTOCOL = 2  # raise it when how faces are restored or measured changes: what was kept before is measured again

@@ -16,8 +16,9 @@ from ..contact_sheet import contact_sheet
 from ..face_model import FaceModel
 from ..faces import align
 from ..metrics import identity_variance, landmark_distance, psnr, similarity, ssim
+from ..pictures import read_image, resized, to_pil
 from ..recognition import embed
-from .folder import EvaluationError, Task, read_image, resized, to_pil
+from .folder import EvaluationError, Task
 
 ROWS_OF_SHEET = 12
 # RIDFR's Table 1, then what FaceMe's tables have besides, then ours; with the better direction

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .folder import EvaluationError, Task, face_model_of, find_tasks, load_pipeline, restore_all
+from ..face_model import face_model_of
+from .folder import EvaluationError, Task, find_tasks, load_pipeline, restore_all
 from .measure import Judge, Row, averages, check_judge, draw_sheet, summary, write_csv
 
 

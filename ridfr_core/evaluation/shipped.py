@@ -11,9 +11,9 @@ from ..content import ContentSpec, controlnet_to_ldm, prepare_lq
 from ..layouts import unet_to_ldm, vae_to_ldm
 from ..nano import WEIGHTS
 from ..nano.config import LATENT_SCALE, PORTRAIT
+from ..restorer import Restorer
 from ..training import nano_diffusion, nano_vae, nano_vision
 from ..training.networks import from_ldm
-from .restorer import Restorer
 
 
 def nano_restorer(weights: Path = WEIGHTS) -> Restorer:

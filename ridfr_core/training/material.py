@@ -7,8 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..degradation import DegradationRange
-from ..evaluation.folder import face_model_of
-from ..face_model import FaceModel
+from ..face_model import FaceModel, face_model_of
 from .clip_vision import features_of_nobody
 from .draws import Draws
 from .photos import Photos, find_photos, some, split_people

@@ -19,7 +19,7 @@ from ..layouts import unet_to_ldm, vae_to_ldm
 from ..nano import WEIGHTS
 from ..nano.config import HEADS, PREDICTION
 from ..recognition import load_iresnet
-from . import nano_diffusion, nano_figures, nano_vae, nano_vision
+from . import nano_diffusion, nano_vae, nano_vision
 from .detector import train_detector
 from .files import write_whole
 from .nano_shipped import CAPTIONS, adopt
@@ -125,7 +125,6 @@ STAGES = {
     "content": lambda nano: nano.export_content(nano.content, "content"),
     "adapter": lambda nano: nano.export_adapter(),
     "align": lambda nano: nano.export_content(nano.blended, f"{1 - ALIGNED:g} content + {ALIGNED:g} align"),
-    "figures": lambda nano: nano_figures.write(nano),
 }
 FACE_STAGES = ("recogniser", "small", "judge", "detector")
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.folder import to_pil
 from ..nano.config import PORTRAIT
 from ..nano.portraits import SPLITS, captions, render
+from ..pictures import to_pil
 from .files import write_whole
 
 CHUNK = 250

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from ..contact_sheet import contact_sheet
-from ..evaluation.folder import to_pil
-from ..evaluation.restorer import Restorer
 from ..faces import align
 from ..metrics import psnr, similarity, ssim
+from ..pictures import to_pil
 from ..recognition import embed
+from ..restorer import Restorer
 from .files import write_whole
 from .material import Material
 from .settings import Settings

@@ -1,15 +1,16 @@
 """What the nano bundle reaches on people it never saw, for its model card."""
 
 import json
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..evaluation.held_out import HeldOut, Method
-from ..evaluation.shipped import nano_adapter, nano_restorer, nano_tower
 from ..metrics import psnr, similarity
 from ..nano import WEIGHTS
-from .nano_diffusion import latents_of
+from ..training.nano_diffusion import latents_of
+from .held_out import HeldOut, Method
+from .shipped import nano_adapter, nano_restorer, nano_tower
 
 PEOPLE = 96
 STEPS = 20
@@ -40,15 +41,15 @@ def measure(method: Method, bench: HeldOut) -> tuple[dict, dict[str, Tensor]]:
     return figures, pictures
 
 
-def write(nano) -> None:
+def write(work: Path) -> None:
     """Measure what is shipped; keep the figures in `weights/figures.json`, a sheet of pictures in the work folder."""
     from torchvision.utils import save_image
 
     shipped = Method(nano_restorer(), nano_adapter(), nano_tower())
-    measured, pictures = measure(shipped, HeldOut(nano.work, PEOPLE, 1, STEPS))
+    measured, pictures = measure(shipped, HeldOut(work, PEOPLE, 1, STEPS))
     figures = {"shipped": measured}
     print(json.dumps(figures, indent=1))
     (WEIGHTS / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     order = ("lq", "blind", "ridfr", "truth", "reference", "wrong", "vae")
     rows = torch.stack([pictures[name][:12] for name in order], 1).flatten(0, 1)
-    save_image(rows, nano.work / "figures.png", nrow=len(order), padding=2)
+    save_image(rows, work / "figures.png", nrow=len(order), padding=2)

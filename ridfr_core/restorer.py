@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..content import ContentSpec
+from .content import ContentSpec
 
 KeysValues = list[tuple[Tensor, Tensor]]
 
