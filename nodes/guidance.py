@@ -53,7 +53,7 @@ class IDPreservingSampling(io.ComfyNode):
                 io.Float.Input(
                     "step_size",
                     display_name="step size",
-                    default=0.2,
+                    default=0.1,
                     min=0.0,
                     max=1000.0,
                     step=0.01,
@@ -65,8 +65,8 @@ class IDPreservingSampling(io.ComfyNode):
                     display_name="step size is",
                     options=[RELATIVE, RAW],
                     default=RELATIVE,
-                    tooltip=f"'{RELATIVE}': 0.2 changes the predicted noise at the face by a fifth, whatever the model "
-                    f"and the moment; 0.03 to 0.3 are usual. '{RAW}': the gradient is multiplied by it; right values "
+                    tooltip=f"'{RELATIVE}': 0.1 changes the predicted noise at the face by a tenth, whatever the model "
+                    f"and the moment; 0.03 to 0.2 are usual. '{RAW}': the gradient is multiplied by it; right values "
                     "differ from model to model and may be in the hundreds.",
                 ),
                 io.Int.Input(

@@ -14,8 +14,7 @@ sides. Each figure is the median of runs that took turns in one process, so the 
 busy; the seconds don't.
 """
 GUIDANCE = """A guided step over a plain one; *face found again*: one that begins with the search for it, every fifth by
-default. The detector's own time is not in it. Medians of {repeats} runs that took turns in one process.
-"""
+default. The detector's own time is not in it."""
 
 
 def write_table(folder: Path) -> None:
@@ -77,8 +76,9 @@ def guidance(results: dict) -> str:
         ratio, search, memory = one["ratio"], "yes" if one["search"] else "no", one["bytes_above_plain"]
         rows.append(f"| {one['mode']} | {one['iterations']} | {search} | {ratio['cfg 1']:.2f} | {ratio['cfg 2']:.2f} "
                     f"| {gibibytes(memory and memory / 2**30)} |")
-    what = f"{results['size']} pixels, {results['dtype']}. {GUIDANCE.format(repeats=results['repeats'])}"
-    return "\n".join([heading(results), what, *rows, ""])
+    runs = results["repeats"]
+    how = f"Medians of {runs} runs that took turns in one process." if runs > 1 else "One run of each, in one process."
+    return "\n".join([heading(results), f"{results['size']} pixels, {results['dtype']}. {GUIDANCE} {how}\n", *rows, ""])
 
 
 def gibibytes(count: float | None) -> str:

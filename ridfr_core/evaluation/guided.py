@@ -14,7 +14,7 @@ from ..guided_face import GuidedFace, Sight, guided_face, look_again
 from ..restorer import Restorer
 
 # as the node's inputs
-STEP = 0.2
+STEP = 0.1
 FIND_EVERY = 5
 
 
