@@ -65,8 +65,9 @@ def test_restored_by_another_program(data, tmp_path, capsys):
     text = (out / "summary.md").read_text(encoding="utf-8")
     assert text == capsys.readouterr().out
     assert text.startswith("| method | IDS-HQ ↑ | PSNR ↑ | SSIM ↑ | LMD ↓ | IDS-REF ↑ | I.V. ↓ |")
-    assert "4 restorations of 2 faces of 2 people; judge: nano_judge" in text
-    assert "LPIPS" in text and "absent" in text and "Left out: 0001/ref/broken.png" in text
+    assert "Restorations: 4, of faces: 2, of people: 2. Judge: nano_judge" in text
+    assert "How: restored elsewhere." in text
+    assert "Absent: LPIPS" in text and "Left out: 0001/ref/broken.png" in text
     assert Image.open(out / "sheet.png").width > 4 * 192
 
 
@@ -89,6 +90,7 @@ def test_id_preserving_sampling_moves_the_face_towards_the_reference(data, tmp_p
     def similarity(*arguments):
         out = tmp_path / "out"
         main(["evaluate", "folder", str(data), "--out", str(out), "--steps", "6", *arguments])
+        assert "steps 6" in (out / "summary.md").read_text(encoding="utf-8")
         return numpy.mean([float(row["IDS-REF"]) for row in rows_of(out)])
 
     assert similarity("--id-preserving", "0.2", "--guidance", "2") > similarity("--guidance", "2") + 0.05
@@ -122,6 +124,22 @@ def test_refused(data, tmp_path, arguments, message):
 def test_nothing_to_restore(tmp_path):
     with pytest.raises(EvaluationError, match=r"nothing to restore: it needs PERSON/lq/NAME.png and PERSON/ref/"):
         find_tasks(tmp_path, 1, EVERYWHERE)
+    with pytest.raises(EvaluationError, match=r"nowhere' is no folder: give the one that holds a folder for"):
+        find_tasks(tmp_path / "nowhere", 1, EVERYWHERE)
+
+
+def test_a_person_without_a_degraded_face_is_named(data):
+    (data / "0001" / "lq").rename(data / "0001" / "scan")
+    tasks, unusable = find_tasks(data, 1, EVERYWHERE)
+    assert {task.person for task in tasks} == {"0000"}
+    assert unusable == {data / "0001" / "lq": "there is no degraded face, so the person is left out"}
+
+
+@pytest.mark.parametrize("setting", [["--steps", "0"], ["--id-preserving", "-1"], ["--references", "-1"]])
+def test_a_setting_that_is_too_small_is_refused(data, tmp_path, setting, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "folder", str(data), "--out", str(tmp_path / "out"), *setting])
+    assert "is too little: at least" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_reference_without_a_face_and_a_person_without_a_reference_are_named(data):

@@ -1,10 +1,22 @@
 """Measure networks."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 TABLES = ("1", "4", "lambda", "2", "3")  # in the order of their worth
+
+
+def at_least(low: float, kind: type = int) -> Callable[[str], float]:
+    """An argument's type: a number that is not below `low`."""
+
+    def parse(text: str) -> float:
+        if not (value := kind(text)) >= low:
+            raise argparse.ArgumentTypeError(f"{text} is too little: at least {low:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
 
 def describe(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +28,8 @@ def describe(parser: argparse.ArgumentParser) -> None:
                     "processes: accelerate launch -m ridfr_core.cli evaluate folder ..."))
     portraits = subjects.add_parser("portraits", help="drawn portraits as such a data set, to try it on")
     portraits.add_argument("data", type=Path, help="gets a folder per person")
-    portraits.add_argument("--people", type=int, default=8, help="default: 8")
-    portraits.add_argument("--references", type=int, default=3, help="photos of each person (default: 3)")
+    portraits.add_argument("--people", type=at_least(1), default=8, help="default: 8")
+    portraits.add_argument("--references", type=at_least(1), default=3, help="photos of each person (default: 3)")
     describe_nano(subjects.add_parser(
         "nano", help="the embedded models, on people they never saw",
         description="Without --report, the figures of the model card. With it, the tables of RIDFR's paper as "
@@ -35,15 +47,16 @@ def describe_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip-vision", default="nano", help="CLIP vision model: a folder or file (default: nano)")
     parser.add_argument("--face-model", default="nano", help="insightface folder that conditions (default: nano)")
     parser.add_argument("--judge", default="nano_judge", help="another one, that judges (default: nano_judge)")
-    parser.add_argument("--references", type=int, default=1,
+    parser.add_argument("--references", type=at_least(0), default=1,
                         help="restore each face once with each of the person's first photos, as many as this; "
                              "several give the identity variance, 0 restores blindly (default: 1)")
     parser.add_argument("--guidance", type=float, default=1.0, help="on the identity (default: 1)")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
-    parser.add_argument("--id-preserving", type=float, default=0.0, metavar="STEP",
-                        help="ID-preserving sampling with this step size, as the node does it (default: 0, without)")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="sampling steps (default: 20)")
+    parser.add_argument("--id-preserving", type=at_least(0, float), default=0.0, metavar="STEP",
+                        help="ID-preserving sampling with this step size, relative to the noise; the node's is 0.1 "
+                             "(default: 0, without)")
     parser.add_argument("--color-fix", choices=("wavelet", "adain"), help="give results the LQ faces' colours")
-    parser.add_argument("--batch", type=int, default=8, help="faces restored at once (default: 8)")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="faces restored at once (default: 8)")
     parser.add_argument("--measure-only", action="store_true",
                         help="OUT/restored/PERSON/NAME--REFERENCE.png (NAME.png if blind) are there already, by "
                              "whatever workflow")
@@ -106,7 +119,9 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.subject == "portraits":
         from ..evaluation.folder import export_portraits
 
-        return export_portraits(options.data, options.people, options.references)
+        export_portraits(options.data, options.people, options.references)
+        print(f"{options.people} people are in {options.data}; next: ridfr evaluate folder {options.data} --out OUT")
+        return
     import torch
 
     torch.set_num_threads(options.threads)

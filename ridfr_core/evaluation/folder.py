@@ -51,12 +51,16 @@ class Task:
 def find_tasks(data: Path, references: int, detector: Detector) -> tuple[list[Task], dict[Path, str]]:
     """All that is to be restored, each LQ face with the first `references` photos that show a face (0: blindly), and
     why other files cannot be used. Raises EvaluationError if nothing is left."""
+    if not data.is_dir():
+        raise EvaluationError(f"'{data}' is no folder: give the one that holds a folder for each person.")
     tasks, unusable = [], {}
     for folder in sorted(path for path in data.glob("*") if path.is_dir()):
+        if not (faces := readable(folder / "lq", unusable)):
+            unusable[folder / "lq"] = "there is no degraded face, so the person is left out"
+            continue
         photos = with_face(folder / "ref", references, detector, unusable) if references else [None]
         truths = {path.stem: path for path in readable(folder / "gt", unusable)}
-        tasks += [Task(folder.name, lq, truths.get(lq.stem), photo)
-                  for lq in readable(folder / "lq", unusable) for photo in photos]
+        tasks += [Task(folder.name, lq, truths.get(lq.stem), photo) for lq in faces for photo in photos]
     if not tasks:
         raise EvaluationError(f"'{data}' has nothing to restore: it needs PERSON/lq/NAME.png"
                               + (" and PERSON/ref/*.png." if references else "."))

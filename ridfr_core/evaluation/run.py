@@ -39,7 +39,9 @@ def evaluate_folder(data: Path, out: Path, references: int, face_model: str, jud
     if not state.is_main_process:
         return ""
     left_out = [f"Left out: {path.relative_to(data)}: {reason}." for path, reason in unusable.items()]
-    return write(measured, tasks, rows, degraded, out, data.name, left_out)
+    how = "restored elsewhere" if pipeline is None else ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in {**pipeline, "face_model": face_model}.items() if value)
+    return write(measured, tasks, rows, degraded, out, data.name, [*left_out, f"How: {how}."])
 
 
 def check_restored(tasks: list[Task], out: Path) -> None:
@@ -49,7 +51,7 @@ def check_restored(tasks: list[Task], out: Path) -> None:
 
 
 def write(measured: Judge, tasks: list[Task], rows: list[Row], degraded: list[Row], out: Path, name: str,
-          left_out: list[str]) -> str:
+          notes: list[str]) -> str:
     """Write images.csv, summary.md and sheet.png; returns the summary.
 
     rows: of the restored faces, in the order of the tasks. degraded: of the LQ faces that have a truth.
@@ -64,11 +66,13 @@ def write(measured: Judge, tasks: list[Task], rows: list[Row], degraded: list[Ro
     draw_sheet(tasks, rows, out, f"{name}: {len(rows)} restorations")
     write_csv(rows, out / "images.csv")
     judge = measured.face_model
-    notes = [f"{len(rows)} restorations of {len({(r.person, r.image) for r in rows})} faces of "
-             f"{len({r.person for r in rows})} people; judge: {judge.name} ({judge.digest[:8]})."]
+    notes = [f"Restorations: {len(rows)}, of faces: {len({(r.person, r.image) for r in rows})}, of people: "
+             f"{len({r.person for r in rows})}. Judge: {judge.name} ({judge.digest[:8]}).", *notes]
     if lost := sum(row.embedding is None for row in rows):
         notes.append(f"The judge found no face in {lost} of {len(rows)} restorations; they count in the other columns.")
-    notes += [f"{', '.join(names)}: absent, {reason}." for reason, names in measured.absent.items()]
-    text = summary(results, [*notes, *left_out])
+    if measured.absent:
+        absent = (f"{', '.join(names)}, {reason}" for reason, names in measured.absent.items())
+        notes.append(f"Absent: {'; '.join(absent)}.")
+    text = summary(results, notes)
     (out / "summary.md").write_text(text, encoding="utf-8")
     return text
