@@ -25,10 +25,14 @@ Folders = Mapping[str, Sequence[Path]]  # ComfyUI's name of a model folder -> wh
 
 @dataclass(frozen=True)
 class Finding:
-    """state: "ok", "note" (works, but look at it), "missing" or "wrong"; the last two keep a graph from running."""
+    """state: "ok", "note" (works, but look at it), "missing" or "wrong"; the last two keep a graph from running.
+
+    graphs: which; all of them if there are none.
+    """
 
     state: str
     text: str
+    graphs: tuple[str, ...] = ()
 
     @property
     def healthy(self) -> bool:
@@ -53,7 +57,8 @@ def examine(folders: Folders, version: str, workflows: Sequence[str], hashes: bo
     yield from bundled()
     needed = unique(known_models.WORKFLOWS, workflows)
     for model in needed:
-        yield model_file(model, folders, hashes)
+        graphs = tuple(name for name in workflows if model in known_models.WORKFLOWS.get(name, ()))
+        yield replace(model_file(model, folders, hashes), graphs=graphs)
     for model in unique(known_models.OPTIONAL, workflows):
         finding = model_file(model, folders, hashes)
         yield replace(finding, state="note") if finding.state == "missing" else finding
@@ -66,9 +71,13 @@ def unique(table: Mapping[str, Sequence[KnownModel]], workflows: Sequence[str]) 
 
 
 def verdict(findings: Sequence[Finding], workflows: Sequence[str]) -> str:
-    """The last line: whether the graphs can run."""
-    obstacles = sum(not finding.healthy for finding in findings)
-    return f"{', '.join(workflows)}: {f'obstacles: {obstacles}' if obstacles else 'ready'}"
+    """The last lines: whether each graph can run."""
+
+    def line(name: str) -> str:
+        obstacles = sum(not one.healthy and (not one.graphs or name in one.graphs) for one in findings)
+        return f"{name}: {f'obstacles: {obstacles}' if obstacles else 'ready'}"
+
+    return "\n".join(map(line, workflows))
 
 
 def comfyui_version(version: str) -> Finding:

@@ -171,16 +171,18 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_the_bundled_models_alone_need_nothing(tmp_path, capsys):
     (tmp_path / "output").mkdir()
+    (tmp_path / "main.py").touch()
     assert run(tmp_path, "ridfr_nano", capsys=capsys)[0] == 0
 
 
-@pytest.mark.parametrize("arguments, words", [(["ridfr_x"], "no graph ridfr_x"), (["--comfyui", "/none"], "not found")])
+@pytest.mark.parametrize("arguments, words", [(["ridfr_x"], "no graph ridfr_x"), (["--comfyui", "/none"], "no ComfyUI in")])
 def test_wrong_arguments(tmp_path, capsys, arguments, words):
     code, lines = run(tmp_path, *arguments, capsys=capsys)
     assert code == 2 and words in lines[0]
 
 
 def test_broken_yaml_is_named(tmp_path, capsys):
+    (tmp_path / "main.py").touch()
     (tmp_path / "extra_model_paths.yaml").write_text("a: [")
     code, lines = run(tmp_path, capsys=capsys)
     assert code == 2 and "extra_model_paths.yaml" in lines[0]
@@ -200,3 +202,9 @@ def test_kinds_exist_and_the_bundle_is_whole():
     assert all((WEIGHTS / name).is_file() for name in known_models.BUNDLED)
     for model in known_models.MODELS:
         assert model.url.startswith("https://") == bool(model.page) == bool(model.size) == (len(model.sha256) == 64)
+
+
+def test_each_graph_has_its_verdict(comfyui, capsys):
+    code, lines = run(comfyui, capsys=capsys)
+    assert code == 1 and lines[-4:] == [
+        "ridfr_nano: ready", "ridfr_nano_guided: ready", "ridfr_sd15: obstacles: 1", "ridfr_sd15_tile: ready"]

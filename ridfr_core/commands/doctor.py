@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 PACK = Path(__file__).parents[2]
+SIGNS = ("comfyui_version.py", "main.py")  # of a ComfyUI folder; old ones lack the first
 
 
 def describe(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +36,10 @@ def run(options: argparse.Namespace) -> None:
     workflows = options.workflows or list(WORKFLOWS)
     if unknown := set(workflows) - WORKFLOWS.keys():
         fail(f"there is no graph {', '.join(sorted(unknown))}; there are {', '.join(WORKFLOWS)}")
-    if options.comfyui is None or not options.comfyui.is_dir():
-        fail(f"{options.comfyui or 'ComfyUI'} is not found: name ComfyUI's folder with --comfyui or COMFYUI_PATH "
-             "(for the one of `make demo` and `make serve`: `make doctor`)")
+    if options.comfyui is None or not any((options.comfyui / name).is_file() for name in SIGNS):
+        where = f"there is no ComfyUI in {options.comfyui}" if options.comfyui else "ComfyUI is not found"
+        fail(f"{where}: name ComfyUI's folder with --comfyui or COMFYUI_PATH (for the one of `make demo` and `make "
+             "serve`: `make doctor`)")
     try:
         folders = host.model_folders(options.comfyui, options.base_directory)
     except ValueError as error:
