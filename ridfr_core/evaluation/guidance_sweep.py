@@ -150,7 +150,7 @@ def write(sweep: Sweep, out: Path, points: Sequence[Cell], command: str) -> None
             "*judge*: similarity to the true face by a recogniser that shares neither architecture nor training people "
             "with the one that guides; *guiding*: by the latter. *face's place*: given, by the landmarks that the "
             "portrait was drawn with; once, found by the detector in the degraded face (its usual place where none is "
-            "found); every N, found again in the estimate after so many steps.\n\n")
+            "found); every N, found again in the estimate, at the first step and after so many.\n\n")
     (out / "guidance_sweep.md").write_text(text + markdown(HEAD, rows) + "\n\n![the sweep](guidance_sweep.png)\n",
                                            encoding="utf-8")
     data = [{**asdict(cell), **{name: values.tolist() for name, values in found.items()}}
