@@ -175,7 +175,10 @@ def test_the_bundled_models_alone_need_nothing(tmp_path, capsys):
     assert run(tmp_path, "ridfr_nano", capsys=capsys)[0] == 0
 
 
-@pytest.mark.parametrize("arguments, words", [(["ridfr_x"], "no graph ridfr_x"), (["--comfyui", "/none"], "no ComfyUI in")])
+WRONG = [(["ridfr_x"], "no graph ridfr_x"), (["--comfyui", "/none"], "no ComfyUI in")]
+
+
+@pytest.mark.parametrize("arguments, words", WRONG)
 def test_wrong_arguments(tmp_path, capsys, arguments, words):
     code, lines = run(tmp_path, *arguments, capsys=capsys)
     assert code == 2 and words in lines[0]
