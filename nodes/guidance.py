@@ -236,7 +236,7 @@ def subjects(
     people, rows = list(people) * (size // len(people)), list(range(len(pictures))) * (size // len(pictures))
     return [
         Subject(
-            None if places[row] is None else Sight(pictures[row], places[row]),
+            None if places[row] is None else Sight(pictures[row], places[row], guessed=landmarks[row] is None),
             references_of(person, references, embeddings[row]),
         )
         for person, row in zip(people, rows, strict=True)

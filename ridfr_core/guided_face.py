@@ -23,12 +23,14 @@ Box = tuple[int, int, int, int]  # top, bottom, left, right, in latent pixels
 class Sight:
     """A picture [3,H,W] in [0,1], and in its pixels a face's landmarks [5,2].
 
-    window: the part of the latent that the picture shows, at whatever size; None: all of it.
+    window: the part of the latent that the picture shows, at whatever size; None: all of it. guessed: no face was seen,
+    the landmarks are where one usually is.
     """
 
     picture: Tensor
     landmarks: Tensor
     window: Box | None = None
+    guessed: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class GuidedFace:
 
     box: what is decoded. inner: [1,1,H,W], 1 where the decoded pixels count. grid: [1,112,112,2], where `F.grid_sample`
     finds the ArcFace crop in them. surround: [1,3,112,112], the rest of the crop, 0 where the decoded pixels go.
-    references: [N,512], unit length.
+    references: [N,512], unit length. guessed: see `Sight`.
     """
 
     box: Box
@@ -45,6 +47,7 @@ class GuidedFace:
     grid: Tensor
     surround: Tensor
     references: Tensor
+    guessed: bool = False
 
     @property
     def window(self) -> tuple:
@@ -91,11 +94,12 @@ def guided_face(sight: Sight, references: Tensor, latent_size: tuple[int, int], 
     grid = warp_grid(matrix, inner.shape[-2:], CROP_SIZE)
     crop = align(sight.picture[None], sight.landmarks[None])
     surround = crop * (1 - F.grid_sample(inner, grid, align_corners=False))
-    return GuidedFace((top, bottom, left, right), inner, grid, surround, references)
+    return GuidedFace((top, bottom, left, right), inner, grid, surround, references, sight.guessed)
 
 
 def look_again(decode: Callable[[Tensor], Tensor], detector: Detector, z0: Tensor, face: GuidedFace) -> Sight | None:
-    """The face in an estimate [1,C,h,w], round its last place: the largest that reaches there, or None.
+    """The face in an estimate [1,C,h,w], round its last place: the largest that reaches there, or None. Where the place
+    was guessed, the largest.
 
     decode: latents to pictures in [0,1]. A face reaches as far as it is long, so that a neighbour's is never taken, and
     a small false find does not keep the true face away.
@@ -108,7 +112,7 @@ def look_again(decode: Callable[[Tensor], Tensor], detector: Detector, z0: Tenso
     place = (face.place - torch.tensor([left, top])) * (picture.shape[-1] / (right - left))
     for found in detector.detect(picture):  # largest first
         x1, y1, x2, y2 = found.box.tolist()
-        if (found.landmarks.mean(0) - place).norm() <= max(x2 - x1, y2 - y1):
+        if face.guessed or (found.landmarks.mean(0) - place).norm() <= max(x2 - x1, y2 - y1):
             return Sight(picture, found.landmarks, window)
     return None
 

@@ -106,6 +106,8 @@ def test_which_of_several_faces_is_taken():
     assert seen(small, ([300.0, 280.0], 0.5), ([104.0, 298.0], 0.3)) == [104, 298], "a larger neighbour is another's"
     assert seen(small, ([300.0, 280.0], 0.5)) is None, "unseen for once, it stays where it was"
     false = face_at([150.0, 330.0], 0.08, (64, 64))
+    guessed = guided_face(Sight(torch.rand(3, 512, 512), usual_place(512, 512), guessed=True), REFERENCES, (64, 64))
+    assert seen(guessed, ([60.0, 60.0], 0.2)) == [60, 60], "no face was seen at first"
     assert seen(false, ([256.0, 307.0], 1.0), ([150.0, 330.0], 0.08)) == [256, 307], "the first place was wrong"
 
 

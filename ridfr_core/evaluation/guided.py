@@ -63,7 +63,7 @@ class Picture(nn.Module):
 def find_face(face_model: FaceModel, picture: Tensor) -> Sight:
     """The largest face of a picture [3,H,W]; where none is found, its usual place."""
     found = face_model.detector.detect(picture)
-    return Sight(picture, found[0].landmarks if found else usual_place(*picture.shape[:0:-1]))
+    return Sight(picture, found[0].landmarks if found else usual_place(*picture.shape[:0:-1]), guessed=not found)
 
 
 def guided(plain: Restorer, face_model: FaceModel, sights: Sequence[Sight], references: Sequence[Tensor],
