@@ -317,11 +317,13 @@ def test_the_other_benchmarks_join_the_table(tmp_path):
     stage = {"steps": 4, "seconds_per_step": 1.25, "peak_memory_gib": 8.5, "loss": 1.0}
     training = {"resolution": 512, "batch": 8, "widths": [320, 640], "content": stage, "align": stage,
                 "difference_from_undisturbed": 0.0}
-    variant = {"mode": "face", "iterations": 2, "ratio": {"cfg 1": 3.0, "cfg 2": 2.0}, "bytes_above_plain": 2**30}
-    guidance = {"cases": [{"base": "sd15", "size": 512, "dtype": "torch.float32", "variants": [variant]}]}
-    for name, results in (("training", training), ("guidance_cpu", guidance)):
+    variant = {"mode": "face", "iterations": 2, "search": True, "ratio": {"cfg 1": 3.0, "cfg 2": 2.0}}
+    variants = [variant | {"bytes_above_plain": 2**30}, variant | {"bytes_above_plain": None}]
+    guidance = {"size": 512, "dtype": "torch.float32", "repeats": 3, "variants": variants}
+    for name, results in (("training", training), ("guidance_sd15_gpu", guidance)):
         (tmp_path / f"{name}.json").write_text(json.dumps(machine | results))
     write_table(tmp_path)
     table = (tmp_path / "README.md").read_text()
-    assert "| align | 4 | 1.25 | 8.5 GiB |" in table and "undisturbed run's by 0 at most" in table
-    assert "| sd15 512 px, torch.float32 | face | 2 | 3.00 | 2.00 | 1.00 GiB |" in table
+    assert "| align | 4 | 1.25 | 8.50 GiB |" in table and "undisturbed run's by 0 at most" in table
+    assert "| face | 2 | yes | 3.00 | 2.00 | 1.00 GiB |" in table and "| 3.00 | 2.00 | not measured |" in table
+    assert "512 pixels, torch.float32. A guided step" in table and "Medians of 3 runs" in table

@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the node's default decode mode and iterations alone")
     options = parser.parse_args()
     pack = started(options)
+    from server import PromptServer
+
+    PromptServer.instance = SimpleNamespace(send_progress_text=lambda text, node: None)
     variants = [variant for variant in VARIANTS if variant[:2] == VARIANTS[0][:2]] if options.quick else VARIANTS
     for base in options.base:
         case = replace(CASES[base], dtype=torch.float16 if cuda else torch.float32)
@@ -96,9 +99,7 @@ class Guidance:
     def __init__(self, pack: ModuleType, case: Case):
         import comfy.sd
         from diffusers import AutoencoderKL
-        from server import PromptServer
 
-        PromptServer.instance = SimpleNamespace(send_progress_text=lambda text, node: None)
         core, self.module = pack.ridfr_core, pack.nodes.guided_run
         levels = (128, 256, 512, 512)
         vae = AutoencoderKL(block_out_channels=levels, layers_per_block=2, latent_channels=4,

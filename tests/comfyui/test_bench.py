@@ -63,7 +63,7 @@ def test_the_results_become_a_table(pack, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_cost_of_guidance_becomes_a_table(pack, tmp_path, monkeypatch):
+def test_the_cost_of_guidance_becomes_a_table(pack, shown, tmp_path, monkeypatch):
     done, run = [], pack.nodes.guided_run
 
     def noting(name, function):
