@@ -27,7 +27,8 @@ def main() -> None:
     parser.set_defaults(repeats=3)
     parser.add_argument("--base", nargs="+", choices=CASES, default=list(CASES) if cuda else ["sd15"],
                         help="on a processor sd15 alone by default: SDXL takes 12 GiB and minutes for each step")
-    parser.add_argument("--quick", action="store_true", help="the default decode mode and iteration alone; replaces the table of the base")
+    parser.add_argument("--quick", action="store_true",
+                        help="the default decode mode and iteration alone; replaces the table of the base")
     options = parser.parse_args()
     pack = started(options)
     from server import PromptServer
