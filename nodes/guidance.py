@@ -8,7 +8,16 @@ from server import PromptServer
 from torch import Tensor
 
 from ..ridfr_core.faces import align, usual_place
-from ..ridfr_core.guidance import AUTO, BEST, DECODE_MODES, MEAN, GuidanceError, references_of
+from ..ridfr_core.guidance import (
+    AUTO,
+    BEST,
+    DECODE_MODES,
+    FIND_EVERY,
+    MEAN,
+    STEP,
+    GuidanceError,
+    references_of,
+)
 from ..ridfr_core.guided_face import Sight
 from ..ridfr_core.identity import Identity, check_recogniser
 from ..ridfr_core.line_chart import line_chart
@@ -53,7 +62,7 @@ class IDPreservingSampling(io.ComfyNode):
                 io.Float.Input(
                     "step_size",
                     display_name="step size",
-                    default=0.1,
+                    default=STEP,
                     min=0.0,
                     max=1000.0,
                     step=0.01,
@@ -133,7 +142,7 @@ class IDPreservingSampling(io.ComfyNode):
                 io.Int.Input(
                     "find_every",
                     display_name="find the face again every",
-                    default=5,
+                    default=FIND_EVERY,
                     min=0,
                     max=100,
                     tooltip="At the first guided step, and again after so many, the face is looked for in the picture "

@@ -24,6 +24,10 @@ from .recognition import embed
 
 MEAN, BEST, AUTO = "mean", "best", "auto"
 
+# the defaults; docs/guidance.md has the measurements that they rest on
+STEP = 0.1
+FIND_EVERY = 5
+
 
 class GuidanceError(ValueError):
     """Guidance cannot work on these inputs; the message says which, why and what to do."""

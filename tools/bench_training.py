@@ -1,6 +1,6 @@
 """How fast training is at SD1.5's full size, on random weights: a content stage, then Alignment Learning on its result.
 
-`python -m tools.bench_training --work FOLDER --tree COMFYUI` writes `benchmarks/training.json`. FOLDER gets about
+`make bench ARGS="training --work FOLDER"` writes `benchmarks/training.json`. FOLDER gets about
 15 GB: base, adapter, runs. Each stage is first stopped halfway and goes on from its checkpoint, as a user's run would;
 the content stage runs undisturbed, too, and both results are compared. ComfyUI opens what the second stage wrote.
 """

@@ -53,7 +53,7 @@ def describe_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=1.0, help="on the identity (default: 1)")
     parser.add_argument("--steps", type=at_least(1), default=20, help="sampling steps (default: 20)")
     parser.add_argument("--id-preserving", type=at_least(0, float), default=0.0, metavar="STEP",
-                        help="ID-preserving sampling with this step size, relative to the noise; the node's is 0.1 "
+                        help="ID-preserving sampling with this step size, relative to the noise, such as 0.1 "
                              "(default: 0, without)")
     parser.add_argument("--color-fix", choices=("wavelet", "adain"), help="give results the LQ faces' colours")
     parser.add_argument("--batch", type=at_least(1), default=8, help="faces restored at once (default: 8)")

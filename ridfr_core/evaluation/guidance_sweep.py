@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..faces import align
+from ..guidance import STEP
 from ..guided_face import Sight
 from ..metrics import psnr, similarity
 from ..recognition import embed
 from ..restorer import Restorer
 from ..training import clip_vision
-from .guided import STEP, find_face, guided
+from .guided import find_face, guided
 from .held_out import BATCH, HeldOut, Method, kept
 from .measure import markdown
 from .nano_report import difference

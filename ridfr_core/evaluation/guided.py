@@ -9,13 +9,9 @@ from torch import Tensor, nn
 
 from ..face_model import FaceModel
 from ..faces import usual_place
-from ..guidance import DECODE_MODES, Ascent, FaceSimilarity, guide
+from ..guidance import DECODE_MODES, FIND_EVERY, STEP, Ascent, FaceSimilarity, guide
 from ..guided_face import GuidedFace, Sight, guided_face, look_again
 from ..restorer import Restorer
-
-# as the node's inputs
-STEP = 0.1
-FIND_EVERY = 5
 
 
 @dataclass(frozen=True)
