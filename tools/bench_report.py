@@ -92,7 +92,8 @@ def training(results: dict) -> str:
         heading(results),
         f"SD1.5 of random weights and widths {results['widths']}, {results['resolution']} pixels, batch "
         f"{results['batch']}, stopped halfway and resumed (`make bench ARGS=\"training --work FOLDER\"`). The resumed "
-        f"content stage's weights differ from an undisturbed run's by {results['difference_from_undisturbed']:g} at most.\n",
+        "content stage's weights differ from an undisturbed run's by "
+        f"{results['difference_from_undisturbed']:g} at most.\n",
         "| stage | steps | seconds per step | peak memory |", "|---|---|---|---|", *rows, "",
     ])
 
