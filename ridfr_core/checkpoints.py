@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .errors import RidfrError
+
 KINDS = {
     "identity-adapter": "an identity adapter (IP-Adapter FaceID, FaceID-Plus, FaceID-PlusV2 or plus-face)",
     "ip-adapter": "an IP-Adapter of another sort than FaceID, FaceID-Plus, FaceID-PlusV2 or plus-face",
@@ -30,7 +32,7 @@ SOURCES = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RidfrError):
     """A weight file that can't be used; the message is one sentence a user can act on."""
 
 

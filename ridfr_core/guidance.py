@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .errors import RidfrError
 from .guided_face import GuidedFace
 from .identity import Person, best_photo, mean_embedding
 from .recognition import embed
@@ -29,7 +30,7 @@ STEP = 0.1
 FIND_EVERY = 5
 
 
-class GuidanceError(ValueError):
+class GuidanceError(RidfrError):
     """Guidance cannot work on these inputs; the message says which, why and what to do."""
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import RidfrError
 from .face_model import FaceModel
 from .faces import Face
 
@@ -15,7 +16,7 @@ SMALLEST_FACE = 32  # px of box height: below it ArcFace's 112 px crop is mostly
 BYSTANDER = 0.25  # a second face is taken for a passer-by if its area is below this share of the largest
 
 
-class IdentityError(ValueError):
+class IdentityError(RidfrError):
     """Reference photos or an identity cannot be used; the message says which, why and what to do."""
 
 

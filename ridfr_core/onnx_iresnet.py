@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import RidfrError
 
-class FaceModelError(ValueError):
+
+class FaceModelError(RidfrError):
     """A face model's file or folder cannot be used; the message says which, why and what to do."""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..adapter import IdentityAdapter
 from ..color import adain_transfer, wavelet_transfer
+from ..errors import RidfrError
 from ..face_model import FaceModel
 from ..faces import Detector, align
 from ..pictures import read_image, resized, to_pil
@@ -27,7 +28,7 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 COLOR_FIX = {"wavelet": wavelet_transfer, "adain": adain_transfer}
 
 
-class EvaluationError(ValueError):
+class EvaluationError(RidfrError):
     """A data set cannot be evaluated; the message says what is wrong and what to do."""
 
 

@@ -10,6 +10,7 @@ from typing import get_args, get_origin, get_type_hints
 import yaml
 
 from ..content import CHOICES as CONTENT_CHOICES
+from ..errors import RidfrError
 
 RECIPES = Path(__file__).parent / "recipes"
 # Neither what is learnt nor the order in which depends on these, so an interrupted run may go on with other values;
@@ -18,7 +19,7 @@ FREE = {"data", "out", "cache", "steps", "accumulate", "gradient_checkpointing",
         "validate_every"}
 
 
-class TrainingError(ValueError):
+class TrainingError(RidfrError):
     """Training cannot start or go on; the message is one sentence a user can act on."""
 
 
