@@ -7,6 +7,7 @@ from torch import Tensor
 from ..ridfr_core.sharpness import estimate_degradation
 from . import types
 from .border import to_photos
+from .checks import checked
 
 
 class AdaptiveStrength(io.ComfyNode):
@@ -48,6 +49,7 @@ class AdaptiveStrength(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, degraded: Tensor, least: float, most: float) -> io.NodeOutput:
         estimates = estimate_degradation(to_photos(degraded, "degraded image")).cpu()
         strengths = least + (most - least) * estimates

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..ridfr_core.identity import Identity, check_weights, each_alone
 from . import types
 from .adapter_lora import with_lora
+from .checks import checked
 from .id_attention import IdentityAttention, Region, cross_attention_widths, install
 from .managed import ManagedAdapter, loaded
 
@@ -109,6 +110,7 @@ class ApplyIdentity(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model,

@@ -1,22 +1,12 @@
-"""ComfyUI's IMAGE [B,H,W,C] to ridfr_core's images [B,3,H,W] and back, with the checks that all nodes share."""
+"""ComfyUI's IMAGE [B,H,W,C] to ridfr_core's images [B,3,H,W] and back, with the checks that several nodes share."""
 
-import torch
 from torch import Tensor
 
 SMALLEST_PHOTO = 32  # px of the shorter side: no detector finds a face in less
 
 
-def to_core(image: Tensor, what: str) -> Tensor:
-    """[B,H,W,C] -> float32 RGB [B,3,H,W].
-
-    Raises ValueError naming the image by `what` and its number (from 1) for NaN or infinite pixels.
-    """
-    for number, finite in enumerate(torch.isfinite(image).flatten(1).all(1).tolist(), 1):
-        if not finite:
-            raise ValueError(
-                f"{upper(what)} {number} has pixels that are not numbers (NaN or infinite): "
-                "look at the node that made it, often a VAE in half precision."
-            )
+def to_core(image: Tensor) -> Tensor:
+    """[B,H,W,C] -> float32 RGB [B,3,H,W]."""
     return rgb(image.movedim(-1, 1)).float().cpu().contiguous()  # with --gpu-only they lie on the GPU
 
 
@@ -30,16 +20,14 @@ def rgb(images: Tensor) -> Tensor:
 
 
 def to_photos(image: Tensor, what: str) -> Tensor:
-    """`to_core` for images in which a face is looked for: none may be empty, tiny or completely black."""
-    if image.shape[0] == 0:
-        raise ValueError(f"There is no {what}: connect at least one image.")
+    """`to_core` for images in which a face is looked for: none may be tiny or completely black."""
     height, width = image.shape[1:3]
     if min(height, width) < SMALLEST_PHOTO:
         raise ValueError(
             f"{upper(what)} 1 has only {width}x{height} pixels, and a face needs at least "
             f"{SMALLEST_PHOTO}: use a larger photo."
         )
-    photos = to_core(image, what)
+    photos = to_core(image)
     for number, brightest in enumerate(photos.flatten(1).amax(1).tolist(), 1):
         if brightest <= 0:
             raise ValueError(f"{upper(what)} {number} is completely black: connect a photo with a face.")

@@ -9,6 +9,7 @@ from server import PromptServer
 
 from ..ridfr_core import doctor, known_models
 from . import types
+from .checks import checked
 
 ALL = "all"
 
@@ -48,6 +49,7 @@ class Doctor(io.ComfyNode):
         return float("nan")  # never the same: files come and go
 
     @classmethod
+    @checked
     def execute(cls, graph: str, hashes: bool) -> io.NodeOutput:
         graphs = list(known_models.WORKFLOWS) if graph == ALL else [graph]
         findings = list(doctor.examine(folders(), __version__, graphs, hashes))

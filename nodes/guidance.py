@@ -23,6 +23,7 @@ from ..ridfr_core.identity import Identity, check_recogniser
 from ..ridfr_core.line_chart import line_chart
 from . import types
 from .border import to_photos
+from .checks import checked
 from .guided_run import GuidedSampling, Record, Settings, Subject, taesd_file
 from .managed import ManagedFaceModel
 
@@ -160,6 +161,7 @@ class IDPreservingSampling(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: ModelPatcher,
@@ -284,6 +286,7 @@ class GuidancePlot(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, guidance: Record, latent: dict) -> io.NodeOutput:
         steps = guidance.similarity
         lines = {

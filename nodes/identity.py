@@ -22,6 +22,7 @@ from ..ridfr_core.identity import (
 from ..ridfr_core.sharpness import estimate_degradation
 from . import types
 from .border import same_batch, to_comfy, to_core, to_photos
+from .checks import checked
 from .managed import ManagedFaceModel, loaded
 
 ONE_PERSON = "all photos show one person"
@@ -78,6 +79,7 @@ class ExtractIdentity(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, face_model: ManagedFaceModel, images: Tensor, batch: str, clip_vision=None, weights: str = ""
     ) -> io.NodeOutput:
@@ -156,10 +158,11 @@ class CompareIdentity(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, face_model: ManagedFaceModel, image_a: Tensor, image_b: Tensor) -> io.NodeOutput:
         image_a, image_b = same_batch(image_a, image_b, "The first input", "the second")
-        a = face_embeddings(face_model, to_core(image_a, "image"))
-        b = face_embeddings(face_model, to_core(image_b, "image to compare with"))
+        a = face_embeddings(face_model, to_core(image_a))
+        b = face_embeddings(face_model, to_core(image_b))
         scores = [float(x @ y) if x is not None and y is not None else None for x, y in zip(a, b, strict=True)]
         found = [score for score in scores if score is not None]
         mean = sum(found) / len(found) if found else 0.0

@@ -8,7 +8,9 @@ from comfy_api.latest import io
 from ..ridfr_core.identity import Identity, IdentityError, check_recogniser, each_alone
 from ..ridfr_core.identity_files import file_name, load_identity, save_identity
 from . import types
+from .checks import checked
 from .managed import ManagedFaceModel
+from .paths import users_file
 
 FOLDER = "identities"
 
@@ -45,6 +47,7 @@ class SaveIdentity(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, identity: Identity, name: str, overwrite: bool) -> io.NodeOutput:
         folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
         people = each_alone(identity)
@@ -89,11 +92,12 @@ class LoadIdentity(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, face_model: ManagedFaceModel | None = None) -> int:
-        return Path(folder_paths.get_full_path_or_raise(FOLDER, file)).stat().st_mtime_ns
+        return users_file(FOLDER, file).stat().st_mtime_ns
 
     @classmethod
+    @checked
     def execute(cls, file: str, face_model: ManagedFaceModel | None = None) -> io.NodeOutput:
-        identity = load_identity(Path(folder_paths.get_full_path_or_raise(FOLDER, file)))
+        identity = load_identity(users_file(FOLDER, file))
         if face_model is not None:
             check_recogniser(identity, face_model.model.name, face_model.model.digest, f"'{file}'")
         return io.NodeOutput(identity)

@@ -10,6 +10,7 @@ from ..ridfr_core.identity import Identity, IdentityError
 from ..ridfr_core.identity_report import Seen, report_sheet, report_text
 from . import types
 from .border import to_photos
+from .checks import checked
 from .identity import found_faces
 from .managed import ManagedFaceModel
 
@@ -48,6 +49,7 @@ class IdentityReport(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, face_model: ManagedFaceModel, identity: Identity, images: Tensor | None = None) -> io.NodeOutput:
         references = seen_references(face_model, identity)
         results = [] if images is None else seen_results(face_model, to_photos(images, "restored image"), identity)

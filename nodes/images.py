@@ -9,6 +9,7 @@ from ..ridfr_core.degradation import DegradationRange, degrade
 from ..ridfr_core.nano.portraits import SPLITS, render
 from . import types
 from .border import same_batch, to_comfy, to_core
+from .checks import checked
 
 SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -63,8 +64,9 @@ class DegradeFace(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, image: Tensor, seed: int, **bounds: float) -> io.NodeOutput:
-        photos = to_core(image, "image")
+        photos = to_core(image)
         generator = torch.Generator().manual_seed(seed)
         ranges = DegradationRange(*((bounds[f"{name}_min"], bounds[f"{name}_max"]) for name, *_ in DEGRADATIONS))
         degraded = degrade(photos, **ranges.draw(len(photos), generator), generator=generator)
@@ -106,9 +108,10 @@ class ColorFix(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, image: Tensor, color_from: Tensor, method: str, levels: int) -> io.NodeOutput:
         image, color_from = same_batch(image, color_from, "The restored image", "the image with the colours")
-        content, style = to_core(image, "restored image"), to_core(color_from, "image with the colours")
+        content, style = to_core(image), to_core(color_from)
         if style.shape != content.shape:
             style = torch.nn.functional.interpolate(style, size=content.shape[-2:], mode="bicubic", antialias=True)
         fixed = wavelet_transfer(content, style, levels) if method == "wavelet" else adain_transfer(content, style)
@@ -148,6 +151,7 @@ class NanoPortraits(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, first_person: int, people: int, view: int) -> io.NodeOutput:
         identities = SPLITS["test"][first_person : first_person + people]
         if len(identities) < people:

@@ -10,6 +10,7 @@ from ..ridfr_core.content import CHOICES, understand
 from ..ridfr_core.face_model import load_face_model
 from . import nano, paths, types
 from .adapter_lora import find_lora
+from .checks import checked
 from .content_control import NAMES, content_control
 from .managed import ManagedAdapter, ManagedFaceModel, eager, managed
 
@@ -40,6 +41,7 @@ class LoadNanoModels(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(*nano.load_checkpoint(), nano.load_clip_vision())
 
@@ -83,6 +85,7 @@ class LoadFaceModel(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, pack: str, colour_order: str = RGB) -> io.NodeOutput:
         model = load_face_model(paths.face_model_folder(pack), bgr=colour_order == BGR)
         return io.NodeOutput(ManagedFaceModel(model, managed(model.recogniser)))
@@ -121,6 +124,7 @@ class LoadIdentityAdapter(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, file: str, version: str) -> io.NodeOutput:
         path = paths.model_file("ipadapter", file)
         state, _ = checkpoints.read(path)
@@ -183,6 +187,7 @@ class LoadContentControlNet(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, file: str, value_range: str = AUTO, kernel: str = AUTO, order: str = AUTO, base: str = AUTO
     ) -> io.NodeOutput:

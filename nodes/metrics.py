@@ -10,6 +10,7 @@ from ..ridfr_core.metrics import identity_variance, landmark_distance, psnr, ssi
 from ..ridfr_core.perceptual import FULL_REFERENCE, METRICS, MetricAbsent, load, score
 from . import types
 from .border import same_batch, to_core
+from .checks import checked
 from .identity import face_embeddings
 from .managed import ManagedFaceModel
 
@@ -54,11 +55,12 @@ class ImageQuality(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, image: Tensor, truth: Tensor, perceptual: bool = False, face_model: ManagedFaceModel | None = None
     ) -> io.NodeOutput:
         image, truth = same_batch(image, truth, "The first input", "the truth")
-        images, truths = to_core(image, "image"), to_core(truth, "true image")
+        images, truths = to_core(image), to_core(truth)
         if truths.shape != images.shape:
             truths = torch.nn.functional.interpolate(truths, size=images.shape[-2:], mode="bicubic", antialias=True)
         found = {"PSNR": psnr(images, truths).tolist(), "SSIM": ssim(images, truths).tolist()}
@@ -136,8 +138,9 @@ class IdentityVariance(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, face_model: ManagedFaceModel, images: Tensor) -> io.NodeOutput:
-        found = [e for e in face_embeddings(face_model, to_core(images, "image")) if e is not None]
+        found = [e for e in face_embeddings(face_model, to_core(images)) if e is not None]
         if len(found) < 2:
             raise ValueError(
                 f"A face was found in {len(found)} of {len(images)} images: connect at least two in which it can be "

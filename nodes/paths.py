@@ -4,6 +4,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ..ridfr_core.errors import RidfrError
 from ..ridfr_core.nano import WEIGHTS
 
 NANO = "nano"
@@ -42,7 +43,7 @@ def face_model_folder(name: str) -> Path:
     folder = next((root / name for root in roots if (root / name).is_dir()), None)
     if folder is None:
         searched = ", ".join(str(root) for root in roots[1:])
-        raise FileNotFoundError(f"There is no face model {name!r} in {searched}: unpack insightface's {name} there.")
+        raise RidfrError(f"There is no face model {name!r} in {searched}: unpack insightface's {name} there.")
     return folder
 
 
@@ -60,4 +61,13 @@ def model_files(kind: str) -> list[str]:
 
 
 def model_file(kind: str, name: str) -> Path:
-    return WEIGHTS / NANO_FILES[kind] if name == NANO else Path(folder_paths.get_full_path_or_raise(kind, name))
+    """Raises RidfrError where it is gone."""
+    return WEIGHTS / NANO_FILES[kind] if name == NANO else users_file(kind, name)
+
+
+def users_file(kind: str, name: str) -> Path:
+    """A file of ComfyUI's model folder `kind`. Raises RidfrError where it is gone."""
+    if (path := folder_paths.get_full_path(kind, name)) is None:
+        searched = ", ".join(folder_paths.get_folder_paths(kind))
+        raise RidfrError(f"There is no file {name!r} in {searched}: put it there, or choose another.")
+    return Path(path)

@@ -16,6 +16,7 @@ from ..ridfr_core.identity import (
 )
 from . import types
 from .border import to_photos
+from .checks import checked
 from .identity import face_embeddings
 from .managed import ManagedFaceModel
 
@@ -54,6 +55,7 @@ class JoinIdentities(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, identity_1: Identity, others: str, **further: Identity | None) -> io.NodeOutput:
         join = join_photos if others == MORE_PHOTOS else join_people
         given = {1: identity_1} | {number: further.get(name) for number, name in enumerate(FURTHER, 2)}
@@ -102,6 +104,7 @@ class CombineReferences(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         identity: Identity,

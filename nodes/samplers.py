@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ridfr_core.schedules import GRIDS, diffuse, timesteps
 from . import types
+from .checks import checked
 
 UNIPC, DDPM = "UniPC (RIDFR)", "DDPM (FaceMe)"
 SEED = 0xFFFFFFFFFFFFFFFF
@@ -46,6 +47,7 @@ class PaperSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, paper: str) -> io.NodeOutput:
         if paper == DDPM:
             return io.NodeOutput(comfy.samplers.sampler_object("ddpm"))
@@ -95,6 +97,7 @@ class PaperSchedule(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: ModelPatcher, grid: str, steps: int) -> io.NodeOutput:
         levels = noise_levels(model)
         sigmas = levels[timesteps(grid, steps, len(levels))]
@@ -130,6 +133,7 @@ class LQStartNoise(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: ModelPatcher, latent: dict, sigmas: Tensor, seed: int) -> io.NodeOutput:
         samples = latent["samples"].cpu()
         noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))

@@ -62,8 +62,8 @@ def fails(client, graph, sentence):
         (probe("pair"), "2 faces were found in reference image 1: crop it to the one person"),
         (colour(16, 0x808080), "Reference image 1 has only 16x16 pixels"),
         (colour(128, 0), "Reference image 1 is completely black"),
-        (probe("nan"), "Reference image 2 has pixels that are not numbers"),
-        (probe("empty"), "There is no reference image: connect at least one"),
+        (probe("nan"), "Extract Identity: images 2 has values that are not numbers"),
+        (probe("empty"), "Extract Identity: images has the size 0x128x128x3, but at least one picture is needed"),
     ],
     ids=["no face", "two faces", "16x16", "black", "nan", "empty"],
 )
@@ -79,7 +79,7 @@ def test_grey_and_rgba_are_taken(client, kind):
 def test_nan_in_an_image_to_fix(client):
     fix = node("RIDFR_ColorFix", image=["photo", 0], color_from=PORTRAITS, method="wavelet", levels=5)
     bad = graph(photo=probe("nan"), fix=fix, end=node("PreviewImage", images=["fix", 0]))
-    fails(client, bad, "Restored image 2 has pixels that are not numbers")
+    fails(client, bad, "Color Fix: image 2 has values that are not numbers")
 
 
 def test_images_of_different_number(client):

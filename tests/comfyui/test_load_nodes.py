@@ -106,7 +106,7 @@ def test_users_files_are_found_beside_nano(pack, nodes, tmp_path):
     files = pack.nodes.paths.model_files("ipadapter")
     assert files[0] == "nano" and "mine.bin" in files and "notes.txt" not in files
     assert pack.nodes.paths.face_model_folder("buffalo_l") == face
-    with pytest.raises(FileNotFoundError, match="no face model 'antelopev2' in .*insightface"):
+    with pytest.raises(ValueError, match="no face model 'antelopev2' in .*insightface"):
         pack.nodes.paths.face_model_folder("antelopev2")
 
 
