@@ -97,7 +97,7 @@ def test_flow_models_and_foreign_vaes(guided, nano):
     with pytest.raises(ValueError, match="moves the predicted noise, and this model .*: use one that does, such as"):
         guided(model=flow)
     with pytest.raises(ValueError, match="The VAE has 16 latent channels for pictures but the model has 4"):
-        guided(vae=SimpleNamespace(latent_channels=16, latent_dim=2))
+        guided(vae=SimpleNamespace(latent_channels=16, latent_dim=2, first_stage_model=None))
 
 
 def test_epsilon_models(guided, nano, sample):
