@@ -60,6 +60,5 @@ class Doctor(io.ComfyNode):
 
 def folders() -> dict[str, list[Path]]:
     """The model folders of this ComfyUI, extra_model_paths included, and its output folder."""
-    names = {model.folder for model in known_models.MODELS}
-    found = {name: [Path(folder) for folder in folder_paths.get_folder_paths(name)] for name in sorted(names)}
+    found = {name: [Path(folder) for folder in folder_paths.get_folder_paths(name)] for name in doctor.SEARCHED}
     return found | {"output": [Path(folder_paths.get_output_directory())]}

@@ -18,6 +18,7 @@ KINDS = {
     "content-controlnet": "a content ControlNet (7 or 8 input channels, no hint encoder)",
     "controlnet": "an ordinary ControlNet (for the node Load ControlNet Model)",
     "sd-checkpoint": "a Stable Diffusion checkpoint (for the node Load Checkpoint)",
+    "clip-vision": "a CLIP vision encoder (for the node Load CLIP Vision)",
     "recogniser": "an ArcFace recogniser that `ridfr convert` made from insightface's ONNX file",
     "lora": "a LoRA (for the node Load LoRA)",
     "unknown": "nothing this pack knows",
@@ -124,6 +125,8 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
         return "controlnet" if hint or _controlnet_channels(state_dict) not in (7, 8) else "content-controlnet"
     if has("model.diffusion_model."):
         return "sd-checkpoint"
+    if any(key.startswith(("vision_model.", "visual.")) for key in state_dict):
+        return "clip-vision"
     if {"stem.weight", "features.scale"} & state_dict.keys() and has("blocks."):
         return "recogniser"
     if has("lora_down.", "lora.down.", "lora_A.", "_lora.down."):

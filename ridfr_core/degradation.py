@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .packages import need
+
 MIN_SIZE = 32
 
 
@@ -75,8 +77,7 @@ def blur(image: Tensor, sigma: float) -> Tensor:
     """Gaussian blur of [B,C,H,W], cut off at 4 sigma; sigma 0 leaves the image as it is."""
     if sigma == 0:
         return image
-    from kornia.filters import gaussian_blur2d
-
+    gaussian_blur2d = need("kornia.filters").gaussian_blur2d
     return gaussian_blur2d(image, 2 * math.ceil(4 * sigma) + 1, (sigma, sigma), border_type="replicate")
 
 

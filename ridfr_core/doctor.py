@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoints, known_models
-from .face_model import digest_of, role_of
+from . import known_models, model_search
+from .errors import RidfrError
+from .face_model import digest_of
+from .host import OLDEST_COMFYUI, numbers
 from .known_models import KnownModel
+from .model_search import HOLDS, Folders
 from .nano import WEIGHTS
-from .recognition import FaceModelError
+from .packages import REQUIRED, PackageError, need
 
-OLDEST_COMFYUI = (0, 18, 0)
-PACKAGES = ("kornia", "safetensors", "insightface", "onnx", "onnxruntime")
 GPU_RUNTIMES = ("onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-rocm")
-ROLES = {"detector": "a face detector", "recogniser": "a face recogniser", "other": "another network than a face model"}
-
-Folders = Mapping[str, Sequence[Path]]  # ComfyUI's name of a model folder -> where it is, in the order of search
+SEARCHED = (*known_models.FOLDERS, "loras")  # the model folders that it looks through
+SMALL = ("ipadapter", "controlnet", "clip_vision")  # those of few files, where every one can be looked at
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def examine(folders: Folders, version: str, workflows: Sequence[str], hashes: bo
     """All findings, as they are made.
 
     Args:
-        folders: ComfyUI's model folders, and "output".
+        folders: ComfyUI's model folders, those of SEARCHED, and "output".
         version: of ComfyUI, "" where it is not known.
         workflows: names of known_models.WORKFLOWS.
         hashes: whether to compare each file's SHA-256, which reads it whole.
@@ -56,13 +56,20 @@ def examine(folders: Folders, version: str, workflows: Sequence[str], hashes: bo
     yield from runtimes()
     yield from bundled()
     needed = unique(known_models.WORKFLOWS, workflows)
+    said = ""
     for model in needed:
         graphs = tuple(name for name in workflows if model in known_models.WORKFLOWS.get(name, ()))
-        yield replace(model_file(model, folders, hashes), graphs=graphs)
+        finding = model_file(model, folders, hashes)
+        said += finding.text
+        yield replace(finding, graphs=graphs)
     for model in unique(known_models.OPTIONAL, workflows):
         finding = model_file(model, folders, hashes)
-        yield replace(finding, state="note") if finding.state == "missing" else finding
-    for name in dict.fromkeys(["output", *(model.folder for model in needed)]):
+        yield finding if finding.healthy else replace(finding, state="note")
+    used = dict.fromkeys(model.folder for model in needed)
+    for name in (name for name in used if name in SMALL):
+        yield from (stray(path, home, folders) for path, home in model_search.strays(name, folders)
+                    if str(path) not in said)
+    for name in ("output", *used):
         yield writable(name, folders.get(name, []))
 
 
@@ -82,11 +89,12 @@ def verdict(findings: Sequence[Finding], workflows: Sequence[str]) -> str:
 
 def comfyui_version(version: str) -> Finding:
     oldest = ".".join(map(str, OLDEST_COMFYUI))
-    if not version:
-        return Finding("note", f"ComfyUI's version is not known; {oldest} or newer is needed")
-    if tuple(int(part) for part in version.split(".")[:3]) < OLDEST_COMFYUI:
-        return Finding("wrong", f"ComfyUI {version} is too old: update it to {oldest} or newer")
-    return Finding("ok", f"ComfyUI {version}")
+    if (known := numbers(version)) is None:
+        what = f"ComfyUI's version, {version!r:.40}, is not understood" if version else "ComfyUI's version is not known"
+        return Finding("note", f"{what}; {oldest} or newer is needed")
+    if known < OLDEST_COMFYUI:
+        return Finding("wrong", f"ComfyUI {version:.40} is too old: update it to {oldest} or newer")
+    return Finding("ok", f"ComfyUI {version:.40}")
 
 
 def installed(package: str) -> str | None:
@@ -98,7 +106,7 @@ def installed(package: str) -> str | None:
 
 
 def packages() -> Iterator[Finding]:
-    """torch and its device, and the pack's own requirements."""
+    """torch and its device, and the pack's own requirements, which are imported as the nodes import them."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     elif torch.backends.mps.is_available():
@@ -106,25 +114,27 @@ def packages() -> Iterator[Finding]:
     else:
         device = "no GPU: sampling runs on the processor, which takes minutes per picture"
     yield Finding("ok", f"torch {torch.__version__}, {device}")
-    stand_ins = {"onnxruntime": GPU_RUNTIMES}
-    missing = [name for name in PACKAGES if not any(map(installed, (name, *stand_ins.get(name, ()))))]
-    if missing:
-        names = " ".join(missing)
-        yield Finding("wrong", f"not installed: {names}; run `pip install {names}` in ComfyUI's Python")
+    for name in REQUIRED:
+        try:
+            need(name)
+        except PackageError as error:
+            yield Finding("wrong", str(error))
 
 
 def runtimes() -> Iterator[Finding]:
-    """onnxruntime and what it can run on. Its builds share one folder, so the one installed last hides the others."""
+    """onnxruntime, where it is, and what it runs on. Its builds share one folder, so the last one hides the others."""
     builds = {name: version for name in ("onnxruntime", *GPU_RUNTIMES) if (version := installed(name))}
     if not builds:
-        return  # `packages` has said so
+        return
     names = ", ".join(f"{name} {version}" for name, version in builds.items())
     try:
         import onnxruntime
 
         providers = onnxruntime.get_available_providers()
-    except ImportError as error:
-        yield Finding("wrong", f"{names} cannot be imported ({error}): reinstall one of them")
+    except Exception as error:  # a broken package may raise anything
+        reason = " ".join(str(error).split())
+        yield Finding("note", f"{names} cannot be imported ({reason}): this pack works without, others may need it. To "
+                      "mend it, reinstall one of them")
         return
     yield shadowed(builds, providers) or Finding("ok", f"{names}: {', '.join(providers)}")
 
@@ -152,57 +162,64 @@ def bundled() -> Iterator[Finding]:
 
 def model_file(model: KnownModel, folders: Folders, hashes: bool) -> Finding:
     """Where a model is, how large, whether it is the published file, and what it holds."""
-    path = find(model, folders)
+    path = None
+    try:
+        path = model_search.in_place(model, folders)
+        if path is None:
+            return misplaced(model, folders)
+        return found(model, path, folders, hashes)
+    except RidfrError as error:
+        return Finding("wrong", f"{path or model.name}: {error}")
+    except Exception as error:  # whatever a strange file or folder raises, the verdict comes
+        return Finding("wrong", f"{path or model.name} cannot be read ({type(error).__name__}: {error}): replace it. "
+                       f"{source(model)}")
+
+
+def found(model: KnownModel, path: Path, folders: Folders, hashes: bool) -> Finding:
+    held = model_search.contents(path)
+    if not model_search.suits(model, held):
+        wanted = f", but {model.family} is needed" if held.kind == model.kind else ""
+        return Finding("wrong", f"{path} holds {held}{wanted}: replace it. {source(model)}")
+    size = path.stat().st_size
+    parts = [str(path), choice(model, path, folders), readable(size), published(model, path, size, hashes),
+             HOLDS[held.kind] if model.kind else ""]
+    return Finding("ok", ", ".join(filter(None, parts)))
+
+
+def choice(model: KnownModel, path: Path, folders: Folders) -> str:
+    """What a user must choose in the graph, which names the model's own place; "" where the file is there."""
+    for root in map(Path, folders[model.folder]):
+        if path.is_relative_to(root):
+            chosen, graphs = path.relative_to(root), Path(model.path)
+            if model.pack:
+                chosen, graphs = chosen.parts[1], model.pack
+            return "" if chosen == graphs else f"choose {chosen} in the graph"
+    return ""
+
+
+def misplaced(model: KnownModel, folders: Folders) -> Finding:
+    """The finding for a model that is not where a loader finds it."""
+    path = model_search.elsewhere(model, folders)
     if path is None:
         return Finding("missing", absent(model, folders))
-    try:
-        found = recognise(path)
-    except (checkpoints.CheckpointError, FaceModelError) as error:
-        return Finding("wrong", f"{path}: {error}")
-    holds = (ROLES if path.suffix == ".onnx" else checkpoints.KINDS)[found]
-    if model.kind and found != model.kind:
-        return Finding("wrong", f"{path} holds {holds}: replace it. {source(model)}")
-    size = path.stat().st_size
-    parts = [str(path), readable(size), published(model, path, size, hashes), *([holds] if model.kind else [])]
-    return Finding("ok", ", ".join(parts))
+    target = place(model, folders).parent
+    return Finding("wrong", f"{path} lies in the wrong folder ({model.purpose}): move it to {target}")
 
 
-def find(model: KnownModel, folders: Folders) -> Path | None:
-    """The file in its place, or one of its name deeper in a folder.
-
-    Else any safetensors file of its kind: of an unpublished model, or a recogniser in its folder that was converted.
-    """
-    roots = [Path(root) for root in folders.get(model.folder, ())]
-    for root in roots:
-        if (root / model.path).is_file():
-            return root / model.path
-    for root in roots:
-        below = root / Path(model.path).parent
-        if deeper := sorted(below.rglob(model.name)):
-            return deeper[0]
-    if model.page and model.kind != "recogniser":
-        return None
-    below = Path(model.path).parent if model.page else Path()
-    files = (path for root in roots for path in sorted((root / below).rglob("*.safetensors")))
-    return next((path for path in files if holds_quietly(path) == model.kind), None)
+def stray(path: Path, home: str, folders: Folders) -> Finding:
+    """A note on a file that belongs in the model folder `home`."""
+    where = next(iter(folders.get(home, ())), Path("models") / home)
+    return Finding("note", f"{path} holds {model_search.contents(path)}: move it to {where}")
 
 
-def recognise(path: Path) -> str:
-    """A key of checkpoints.KINDS or of ROLES. Raises CheckpointError or FaceModelError for a damaged file."""
-    return role_of(path) if path.suffix == ".onnx" else checkpoints.kind_of(checkpoints.read(path, "meta")[0])
-
-
-def holds_quietly(path: Path) -> str:
-    try:
-        return recognise(path)
-    except checkpoints.CheckpointError:
-        return "unknown"
+def place(model: KnownModel, folders: Folders) -> Path:
+    roots = folders.get(model.folder) or [Path("models") / model.folder]
+    return Path(roots[0]) / model.path
 
 
 def absent(model: KnownModel, folders: Folders) -> str:
     """What is missing, where it belongs and where to get it."""
-    roots = folders.get(model.folder) or [Path("models") / model.folder]
-    return f"{Path(roots[0]) / model.path} ({model.purpose}). {source(model)}"
+    return f"{place(model, folders)} ({model.purpose}). {source(model)}"
 
 
 def source(model: KnownModel) -> str:
@@ -240,9 +257,10 @@ def writable(name: str, roots: Sequence[Path]) -> Finding:
             return Finding("ok", f"folder {root} can be written")
     except FileNotFoundError:
         return Finding("note", f"folder {root} is not there yet: make it")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in its name
         state = "wrong" if name == "output" else "note"
-        return Finding(state, f"folder {root} cannot be written ({error.strerror}): change its permissions")
+        reason = getattr(error, "strerror", None) or error
+        return Finding(state, f"folder {root} cannot be written ({reason}): change its permissions")
 
 
 def readable(size: int) -> str:

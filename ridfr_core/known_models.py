@@ -20,6 +20,8 @@ class KnownModel:
     kind: what it holds, a key of checkpoints.KINDS, "detector" or "recogniser", or "" where only size and hash tell.
     page: where it is published, url: the file itself; both "" for one that nobody has published.
     size: bytes; sha256: of the published file.
+    family: what it is made for or how large it is, as model_search tells it; "" where that does not matter.
+    word: what the name of another file must contain to be taken for it, where its tensors do not tell.
     """
 
     folder: str
@@ -31,10 +33,17 @@ class KnownModel:
     url: str = ""
     size: int = 0
     sha256: str = ""
+    family: str = ""
+    word: str = ""
 
     @property
     def name(self) -> str:
         return self.path.rpartition("/")[2]
+
+    @property
+    def pack(self) -> str:
+        """Name of the face model that it is a part of, which is chosen in place of the file; else ""."""
+        return self.path.split("/")[-2] if self.folder == "insightface" else ""
 
 
 SD15 = KnownModel(
@@ -47,6 +56,7 @@ SD15 = KnownModel(
     HUGGING_FACE + "Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
     2132696762,
     "e9476a13728cd75d8279f6ec8bad753a66a1957ca375a1464dc63b37db6e3916",
+    family="SD1.5",
 )
 CONTENT = KnownModel(
     "controlnet",
@@ -54,6 +64,7 @@ CONTENT = KnownModel(
     "RIDFR's content ControlNet: keeps pose, expression and light; nobody has published it, so train one",
     "yours",
     "content-controlnet",
+    family="SD1.5",
 )
 TILE = KnownModel(
     "controlnet",
@@ -66,6 +77,8 @@ TILE = KnownModel(
     + "comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/control_v11f1e_sd15_tile_fp16.safetensors",
     722601104,
     "2f31868eedb243a77932e3c63907a6ba0a2058b6d65b5c27b89ee1b7f618ea33",
+    family="SD1.5",
+    word="tile",
 )
 ADAPTER = KnownModel(
     "ipadapter",
@@ -77,17 +90,19 @@ ADAPTER = KnownModel(
     HUGGING_FACE + "h94/IP-Adapter-FaceID/resolve/main/ip-adapter-faceid-plusv2_sd15.bin",
     156558509,
     "26d0d86a1d60d6cc811d3b8862178b461e1eeb651e6fe2b72ba17aa95411e313",
+    family="SD1.5",
 )
 CLIP_VISION = KnownModel(
     "clip_vision",
     "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors",
     "describes the reference photo for the identity adapter; `model.safetensors` there, rename it",
     "Apache-2.0",
-    "",
+    "clip-vision",
     HUGGING_FACE + "h94/IP-Adapter/tree/main/models/image_encoder",
     HUGGING_FACE + "h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
     2528373448,
     "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",
+    family="ViT-H",
 )
 DETECTOR = KnownModel(
     "insightface",
@@ -132,6 +147,7 @@ WORKFLOWS = {
 }
 OPTIONAL = {"ridfr_sd15": (SWINIR,), "ridfr_sd15_tile": (SWINIR,)}
 MODELS = (SD15, TILE, CONTENT, *IDENTITY, SWINIR)
+FOLDERS = tuple(sorted({model.folder for model in MODELS}))
 
 # What comes with the pack, below ridfr_core.nano.WEIGHTS; ridfr_nano needs nothing else.
 BUNDLED = (

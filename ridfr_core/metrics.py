@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .packages import need
+
 LUMA = (0.299, 0.587, 0.114)  # BT.601, of R, G, B
 
 
@@ -22,8 +24,7 @@ def ssim(image: Tensor, truth: Tensor) -> Tensor:
 
     Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5, windows that reach over the border left out.
     """
-    from kornia.metrics import ssim as ssim_map
-
+    ssim_map = need("kornia.metrics").ssim
     weights = torch.tensor(LUMA, device=image.device).view(1, 3, 1, 1)
     luma, true_luma = ((x.float() * weights).sum(1, keepdim=True) for x in (image, truth))
     return ssim_map(luma, true_luma, window_size=11, padding="valid").mean((1, 2, 3))

@@ -6,7 +6,7 @@ if not (3, 10) <= sys.version_info[:2] <= (3, 14):
     sys.exit(f"ridfr: Python 3.10 to 3.14 is needed and this is {sys.version.split()[0]}: "
              "name another one, as in `make demo PYTHON=python3.12`.")
 
-from .commands import COMMANDS  # noqa: E402
+from .commands import COMMANDS, OWN_HELP  # noqa: E402
 from .steps import StepError  # noqa: E402
 
 SETTINGS = """
@@ -25,8 +25,12 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         print(usage())
         return 0 if arguments[:1] in (["help"], ["-h"], ["--help"]) else 2
+    command = COMMANDS[arguments[0]]
+    if arguments[0] not in OWN_HELP and {"-h", "--help"} & {*arguments[1:]}:
+        print(command.__doc__)  # before anything is set up
+        return 0
     try:
-        return COMMANDS[arguments[0]](arguments[1:])
+        return command(arguments[1:])
     except StepError as error:
         print(f"ridfr: {error}", file=sys.stderr)
         return 1

@@ -6,7 +6,8 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,15 +18,27 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 def cache() -> Path:
     """The cache folder: $RIDFR_CACHE, or `ridfr` in the platform's own."""
-    if chosen := os.environ.get("RIDFR_CACHE"):
-        return Path(chosen).expanduser().resolve()
+    chosen = os.environ.get("RIDFR_CACHE")
+    return Path(chosen).expanduser().resolve() if chosen else platform_cache() / "ridfr"
+
+
+def platform_cache() -> Path:
+    """Where this platform keeps what can be fetched again."""
     if sys.platform == "win32":
-        home = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        home = Path.home() / "Library" / "Caches"
-    else:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "ridfr"
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def download_caches() -> dict[str, str]:
+    """uv's and pip's settings that put their caches below ours where the platform's own cannot be written."""
+    try:
+        platform_cache().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=platform_cache()):
+            return {}
+    except OSError:
+        return {"UV_CACHE_DIR": str(cache() / "uv"), "PIP_CACHE_DIR": str(cache() / "pip")}
 
 
 def key_of(*parts: str) -> str:
@@ -76,8 +89,22 @@ else:
 
 def clean() -> None:
     """Remove everything that was set up."""
+    remove(("env-", "comfyui-", "base-", "fetch-", "uv", "pip"))
+
+
+def clean_old(needed: Collection[Path]) -> None:
+    """Remove the environments and ComfyUI trees that are not `needed`, and what a broken download left."""
+    remove(("env-", "comfyui-", "fetch-"), needed)
+
+
+def remove(beginnings: tuple[str, ...], needed: Collection[Path] = ()) -> None:
+    """Remove the folders of the cache whose names begin so; StepError when one cannot be removed."""
     with locked():
-        for entry in cache().iterdir():
-            if entry.is_dir() and entry.name.startswith(("env-", "comfyui-", "base-")):
-                say(f"removing {entry}")
-                shutil.rmtree(entry)
+        for folder in sorted(cache().iterdir()):
+            if folder.is_dir() and folder.name.startswith(beginnings) and folder not in needed:
+                say(f"removing {folder}")
+                try:
+                    shutil.rmtree(folder)
+                except OSError as error:
+                    raise StepError("Cleaning the cache", f"{error.filename} cannot be removed ({error.strerror})",
+                                    "End what uses it, look at its permissions, and run this again.") from error

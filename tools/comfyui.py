@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import re
 import shutil
 import sys
 import tarfile
@@ -12,10 +12,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ridfr_core.host import OLDEST_COMFYUI as MINIMUM
+from ridfr_core.host import numbers, version_of
+
 from .cache import cache
 from .steps import StepError, run, say
-
-MINIMUM = (0, 18, 0)
 
 
 @dataclass(frozen=True)
@@ -73,26 +74,16 @@ def unpack(archive: Path, inside: str, target: Path) -> None:
                 shutil.copyfileobj(source, file)
 
 
-def version_of(tree: Path) -> str | None:
-    """The version written in `comfyui_version.py`, None where there is none."""
-    try:
-        text = (tree / "comfyui_version.py").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    match = re.search(r'__version__\s*=\s*"(\d+\.\d+\.\d+)', text)
-    return match and match[1]
-
-
 def users_own() -> Path | None:
     """The tree that COMFYUI_PATH names, None where it is not set; StepError when the pack cannot run in it."""
     if not (named := os.environ.get("COMFYUI_PATH")):
         return None
     tree, step = Path(named).expanduser().resolve(), "Using the ComfyUI of COMFYUI_PATH"
     version = version_of(tree)
-    if not (tree / "main.py").is_file() or version is None:
+    if not (tree / "main.py").is_file() or not version:
         raise StepError(step, f"{tree} is not ComfyUI's folder (main.py and comfyui_version.py are looked for)",
                         "Set COMFYUI_PATH to the folder that holds ComfyUI's main.py, or unset it.")
-    if tuple(map(int, version.split("."))) < MINIMUM:
+    if (numbers(version) or MINIMUM) < MINIMUM:
         raise StepError(step, f"{tree} has ComfyUI {version}, older than {'.'.join(map(str, MINIMUM))}",
                         "Update that ComfyUI, or unset COMFYUI_PATH.")
     return tree
@@ -105,3 +96,21 @@ def users_python(tree: Path) -> Path | None:
     python = "Scripts/python.exe" if sys.platform == "win32" else "bin/python"
     places = [tree / ".venv" / python, tree / "venv" / python, tree.parent / "python_embeded" / "python.exe"]
     return next((place for place in places if place.is_file()), None)
+
+
+def users_models(base: Path) -> list[str | Path]:
+    """Flags that make ComfyUI and `ridfr doctor` look for models in the folder of COMFYUI_PATH's ComfyUI first.
+
+    With a base directory, ComfyUI looks in that one alone; so its own models folder is named in a file there.
+    """
+    own = users_own()
+    if own is None:
+        return []
+    models = own / "models"
+    folders = {folder.name: folder.name for folder in sorted(models.glob("*")) if folder.is_dir()}
+    folders["controlnet"] = "controlnet\nt2i_adapter"  # two folders, as ComfyUI has them
+    base.mkdir(parents=True, exist_ok=True)
+    file = base / "models_of_your_comfyui.yaml"
+    file.write_text(json.dumps({"comfyui": {"base_path": str(models), "is_default": True} | folders}, indent=1),
+                    encoding="utf-8")  # JSON is YAML, and this Python may have no YAML package
+    return ["--extra-model-paths-config", file]

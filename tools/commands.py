@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import cache
-from .environment import Bed, prepare, write_lock
+from . import cache, comfyui
+from .environment import Bed, place, prepare, write_lock
 from .server import CALM_THREADS, PACK, Server, device_flags, link_pack
 from .steps import say
 
@@ -23,16 +23,21 @@ def demo(arguments: list[str]) -> int:
 
 def serve(arguments: list[str]) -> int:
     """Start ComfyUI with the pack, for the editor (--port N); further arguments go to ComfyUI."""
-    parser = argparse.ArgumentParser(prog="ridfr serve", description=serve.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m tools serve", usage="%(prog)s [--port PORT] [COMFYUI'S ARGUMENTS]", allow_abbrev=False,
+        description="Start ComfyUI with the pack, for the editor. All other arguments go to ComfyUI as they are: "
+        "`python main.py --help` in its folder lists them, as --lowvram or --listen.")
     parser.add_argument("--port", type=int, help="where it listens (default: a free port)")
     options, arguments = parser.parse_known_args(arguments)
     bed, base = prepare(), base_directory()
     link_pack(base)
+    flags = [*device_flags(bed.python), *comfyui.users_models(base), *arguments]
+    models = (comfyui.users_own() or base) / "models"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     say("starting ComfyUI (half a minute or more)")
-    with Server(bed.python, bed.tree, base, [*device_flags(bed.python), *arguments], options.port) as server:
+    with Server(bed.python, bed.tree, base, flags, options.port) as server:
         say(f"ComfyUI is at {server.url}; Ctrl-C stops it")
-        say(f"the pack's graphs are under Templates, {PACK}; models go to {base / 'models'}, `make doctor` says which")
+        say(f"the pack's graphs are under Templates, {PACK}; models go to {models}, `make doctor` says which")
         try:
             code = server.process.wait()
             say(f"ComfyUI ended by itself with code {code}; its log is {server.log}")
@@ -44,8 +49,8 @@ def serve(arguments: list[str]) -> int:
 
 def doctor(arguments: list[str]) -> int:
     """Say which model files the graphs lack in the ComfyUI of `serve`; further arguments go to `ridfr doctor`."""
-    bed = prepare()
-    where = ["--comfyui", bed.tree, "--base-directory", base_directory()]
+    bed, base = prepare(), base_directory()
+    where = ["--comfyui", bed.tree, "--base-directory", base, *comfyui.users_models(base)]
     return become([bed.python, "-m", "ridfr_core.cli", "doctor", *where, *arguments])
 
 
@@ -84,9 +89,15 @@ def lock(_: list[str]) -> int:
     return 0
 
 
-def clean_cache(_: list[str]) -> int:
-    """Remove all that was set up on this machine."""
-    cache.clean()
+def clean_cache(arguments: list[str]) -> int:
+    """Remove all that was set up on this machine (--old: only what this checkout no longer uses)."""
+    parser = argparse.ArgumentParser(prog="python3 -m tools clean-cache", description=clean_cache.__doc__)
+    parser.add_argument("--old", action="store_true", help="keep what this checkout uses, models and results included")
+    if parser.parse_args(arguments).old:
+        cache.clean_old([place(), *map(comfyui.place_of, (comfyui.NEWEST, comfyui.OLDEST))])
+    else:
+        cache.clean()
+    say(f"what uv and pip downloaded stays in {cache.platform_cache()}, for other projects too")
     return 0
 
 
@@ -106,5 +117,6 @@ def become(command: list) -> int:
 
 
 BENCHMARKS = {"identity": "tools.bench", "guidance": "tools.bench_guidance", "training": "tools.bench_training"}
+OWN_HELP = ("serve", "clean-cache")  # these answer --help themselves
 COMMANDS = {"demo": demo, "serve": serve, "doctor": doctor, "test": test, "bench": bench, "lint": lint, "setup": setup,
             "lock": lock, "clean-cache": clean_cache}

@@ -11,25 +11,24 @@ import shutil
 import subprocess
 import sys
 import time
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import comfyui
-from .cache import CHECKOUT, cache, key_of, locked
+from .cache import CHECKOUT, cache, download_caches, key_of, locked
 from .steps import StepError, run, say
 
 EXTRAS = ("--extra", "train", "--extra", "dev")
 LOCK = CHECKOUT / "tools" / "lock.txt"
 STAMP = "ridfr.json"  # written last: an environment without it is half made
 MODULES = {  # what the pack and this tool import, and what pip calls it
-    "torch": "torch", "aiohttp": "aiohttp", "safetensors": "safetensors", "kornia": "kornia", "onnx": "onnx",
-    "onnxruntime": "onnxruntime", "insightface": "insightface", "PIL": "pillow", "yaml": "pyyaml",
-    "comfy_cli": "comfy-cli", "websocket": "websocket-client",
+    "torch": "torch", "aiohttp": "aiohttp", "safetensors": "safetensors", "kornia": "kornia", "numpy": "numpy",
+    "PIL": "pillow", "yaml": "pyyaml", "comfy_cli": "comfy-cli", "websocket": "websocket-client",
 }
 TEST_MODULES = {  # what the tests import besides
-    "pytest": "pytest", "ruff": "ruff", "accelerate": "accelerate", "diffusers": "diffusers",
+    "pytest": "pytest", "ruff": "ruff", "accelerate": "accelerate", "diffusers": "diffusers", "peft": "peft",
     "transformers": "transformers", "tensorboard": "tensorboard", "tqdm": "tqdm", "matplotlib": "matplotlib",
+    "insightface": "insightface", "onnx": "onnx", "onnxruntime": "onnxruntime",
 }
 
 
@@ -49,11 +48,16 @@ def prepare(tests: bool = False) -> Bed:
         check_users_python(python, tests)
         with locked():
             return Bed(python, own, comfyui.fetch(python, comfyui.OLDEST) if tests else None)
-    folder = cache() / f"env-{environment_key()}"
+    folder = place()
     if not complete(folder):
         with locked():
             make(folder)
     return Bed(python_in(folder), own or comfyui.place_of(comfyui.NEWEST), comfyui.place_of(comfyui.OLDEST))
+
+
+def place() -> Path:
+    """Where the environment of this checkout's requirements is or will be."""
+    return cache() / f"env-{environment_key()}"
 
 
 def python_in(folder: Path) -> Path:
@@ -85,6 +89,7 @@ def make(folder: Path) -> None:
     if complete(folder):
         return  # made by another set-up while this one waited for the lock
     began = time.monotonic()
+    os.environ.update(download_caches() | os.environ)  # what the user has set stays
     if folder.exists():
         say(f"{folder} is half made: removing it and starting again")
         shutil.rmtree(folder)
@@ -97,14 +102,19 @@ def make(folder: Path) -> None:
     (folder / STAMP).write_text(json.dumps({"comfyui": comfyui.NEWEST.version, "python": platform.python_version(),
                                             "seconds": seconds}))
     say(f"set up in {seconds} s, in {cache()}")
+    if old := [other.name for other in cache().glob("env-*") if other != folder]:
+        say(f"for other requirements there are {', '.join(old)}, up to 6 GB each: `make clean-cache ARGS=--old` "
+            "removes them")
 
 
 def create(folder: Path) -> None:
     say(f"making a virtual environment in {folder}")
     step = "Making the virtual environment"
     try:
+        import venv
+
         venv.EnvBuilder(with_pip=True, symlinks=os.name == "posix").create(folder)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (ImportError, OSError, subprocess.CalledProcessError) as error:
         raise StepError(step, str(error), "Where Python comes without venv (Debian, Ubuntu): apt install python3-venv; "
                         f"else make sure that {folder.parent} can be written, or set RIDFR_CACHE.") from error
     run("Installing uv", [python_in(folder), "-m", "pip", "install", "-qq", "uv"],
@@ -127,16 +137,22 @@ def requirement_files(tree: Path) -> list[Path]:
 
 
 def index_settings(python: Path) -> dict[str, str]:
-    """pip's configured index in uv's words, which does not read pip's configuration; what is set for uv stays."""
+    """pip's settings in uv's words, which does not read them; what is set for uv stays.
+
+    They are weighed as pip weighs them: [install] of its configuration over [global], and PIP_* over both.
+    """
     listed = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    settings = {name.rpartition(".")[2]: " ".join(ast.literal_eval(value).split())
-                for name, _, value in (line.partition("=") for line in listed.splitlines())}
-    names = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "find-links": "UV_FIND_LINKS",
-             "trusted-host": "UV_INSECURE_HOST", "cert": "SSL_CERT_FILE"}
-    chosen = {names[name]: value for name, value in settings.items() if name in names}
-    if "UV_INDEX" in chosen:
+    values = {name: " ".join(ast.literal_eval(value).split())
+              for name, _, value in (line.partition("=") for line in listed.splitlines())}
+    settings = {name.rpartition(".")[2]: value for section in ("global", "install", ":env:")
+                for name, value in values.items() if value and name.startswith(f"{section}.")}
+    names = {"index-url": ("UV_DEFAULT_INDEX", "UV_INDEX_URL"), "extra-index-url": ("UV_INDEX", "UV_EXTRA_INDEX_URL"),
+             "find-links": ("UV_FIND_LINKS",), "trusted-host": ("UV_INSECURE_HOST",), "cert": ("SSL_CERT_FILE",)}
+    chosen = {uvs[0]: settings[name] for name, uvs in names.items()
+              if name in settings and not any(os.environ.get(uv) for uv in uvs)}
+    if "UV_INDEX" in chosen and "UV_INDEX_STRATEGY" not in os.environ:
         chosen["UV_INDEX_STRATEGY"] = "unsafe-best-match"  # pip's own way to treat several indexes
-    return {name: value for name, value in chosen.items() if name not in os.environ}
+    return chosen
 
 
 def check_users_python(python: Path, tests: bool) -> None:

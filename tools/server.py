@@ -19,6 +19,7 @@ from pathlib import Path
 from .cache import CHECKOUT
 from .steps import StepError
 
+LEASH = Path(__file__).with_name("leash.py")
 PACK = "comfyui-ridfr"  # the pack's folder in custom_nodes
 GPU_PROBE = """
 import sys, torch
@@ -62,13 +63,16 @@ def free_port() -> int:
 
 
 class Server:
-    """ComfyUI of `tree`, run by `python` on the base directory `base`; a context manager that always stops it."""
+    """ComfyUI of `tree`, run by `python` on the base directory `base`; a context manager that always stops it.
+
+    It also ends when this process ends without a chance to stop it: killed, or with its terminal closed.
+    """
 
     def __init__(self, python: Path, tree: Path, base: Path, flags: list[str], port: int | None = None):
         self.port, self.base, self.log = port or free_port(), base, base / "server.log"
         self.url = f"http://127.0.0.1:{self.port}"
         self._tree = tree
-        self._command = [python, "main.py", "--port", self.port, "--base-directory", base, "--disable-api-nodes",
+        self._command = [python, LEASH, "main.py", "--port", self.port, "--base-directory", base, "--disable-api-nodes",
                          "--database-url", "sqlite:///:memory:", *flags]
 
     def __enter__(self) -> Server:
@@ -84,7 +88,7 @@ class Server:
         with open(self.log, "wb") as log:
             # A session of its own: Ctrl-C reaches this tool alone, which then stops the server.
             self.process = subprocess.Popen([str(part) for part in self._command], cwd=self._tree, stdout=log,
-                                            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                                            stderr=subprocess.STDOUT, stdin=subprocess.PIPE, start_new_session=True,
                                             env=environment)
         try:
             self._wait(time.monotonic() + timeout)
@@ -113,6 +117,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.process.stdin.close()
 
     def log_text(self) -> str:
         """Its log so far, without the colours."""
@@ -135,8 +140,9 @@ class Client:
 
         self.url, self.id = url, uuid.uuid4().hex
         self._ended: dict[str, dict] = {}
+        # Without a proxy named here, http_no_proxy is not heeded and the environment's proxy is asked.
         self._socket = websocket.create_connection(f"{url.replace('http', 'ws', 1)}/ws?clientId={self.id}",
-                                                   http_no_proxy=["127.0.0.1"])
+                                                   http_proxy_host="127.0.0.1", http_no_proxy=["127.0.0.1"])
 
     def __enter__(self) -> Client:
         return self
