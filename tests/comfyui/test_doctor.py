@@ -46,21 +46,41 @@ def test_a_graph_that_is_not_shipped_is_refused(client):
         client.run({"1": {"class_type": "RIDFR_Doctor", "inputs": {"graph": "x", "hashes": False}}})
 
 
-def test_extra_model_paths_are_read_as_comfyui_reads_them(comfy, tmp_path, monkeypatch):
+ODD = [
+    EXTRA, "", "[]", "''", "- a", "5", "text", "a: 5", "a: text", "a: ''", "a: []", "a: {}", "a: [b]",
+    "a: {checkpoints: }",
+    "a: {checkpoints: 5}", "a: {checkpoints: [b]}", "a: {base_path: 5}", "a: {base_path: , checkpoints: b}",
+    "a: {base_path: '', checkpoints: b}", "a: {base_path: ~, checkpoints: b}", "a: {base_path: '~/x', checkpoints: b}",
+    "a: {base_path: /x, checkpoints: ../b}", "a: {base_path: $HOME, checkpoints: /b}", "a: {checkpoints: '~/b'}",
+    "a: {checkpoints: b, is_default: 'no'}", "a: {checkpoints: b}\nc: {checkpoints: b, is_default: true}",
+    "a: {checkpoints: b}\nc: {checkpoints: b}", "a: {checkpoints: ' b '}", "a:\n\tcheckpoints: b",
+    "\ufeffa: {checkpoints: b}",
+    "a: {clip_vision: b, 5: c, odd: d}", "a: [", "a: *b", "a: 2001-99-99", "a: &a {checkpoints: *a}", "[" * 20000,
+    "a: &a {checkpoints: b}\nc: {<<: *a, clip_vision: d}",
+]
+
+
+@pytest.mark.parametrize("text", ODD, ids=lambda text: text[:30])
+def test_extra_model_paths_are_read_as_comfyui_reads_them(comfy, tmp_path, monkeypatch, text):
     import comfy.cli_args  # noqa: F401
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
-    for name in {model.folder for model in known_models.MODELS}:
+    for name in known_models.FOLDERS:
         folder_paths.add_model_folder_path(name, str(tmp_path / "models" / name))
     folder_paths.add_model_folder_path("controlnet", str(tmp_path / "models" / "t2i_adapter"))
     file = tmp_path / "extra_model_paths.yaml"
-    file.write_text(EXTRA)
+    file.write_text(text, encoding="utf-8")
     loader = f"{folder_paths.__file__.rpartition('/')[0]}/utils/extra_config.py"
     spec = importlib.util.spec_from_file_location("extra_config", loader)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.load_extra_path_config(str(file))
+    try:
+        module.load_extra_path_config(str(file))
+    except Exception:
+        with pytest.raises(host.HostError):
+            host.model_folders(tmp_path)
+        return
     ours = host.model_folders(tmp_path)
     del ours["output"]
     assert {name: [str(path) for path in paths] for name, paths in ours.items()} == {
