@@ -1,13 +1,18 @@
 """The tools behind make: what they trust, what they say when something is wrong, and that nothing is left running."""
 
+import base64
+import contextlib
+import hashlib
 import io
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -15,7 +20,9 @@ from pathlib import Path
 import pytest
 import websocket
 
-from tools import cache, comfyui, demo, environment
+from ridfr_core import host
+from tools import __main__ as main
+from tools import cache, comfyui, commands, demo, environment
 from tools.bench_report import write_table
 from tools.server import Client, PromptError, Server, link_pack
 from tools.steps import StepError
@@ -99,6 +106,40 @@ def test_environment_whose_python_is_gone_is_made_again(own_cache, fake_making):
     assert fake_making.count("create") == 2
 
 
+def test_no_venv_module_is_one_sentence(own_cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "venv", None)
+    with pytest.raises(StepError, match="Making the virtual environment failed: .*apt install python3-venv"):
+        environment.prepare()
+
+
+def test_older_environments_are_named_and_removed_when_asked(own_cache, fake_making, capsys):
+    old, broken = own_cache / "env-0123", own_cache / "fetch-x"
+    old.mkdir(parents=True)
+    bed = environment.prepare()
+    assert "env-0123" in capsys.readouterr().out
+    broken.mkdir()
+    base = commands.base_directory()
+    base.mkdir()
+    commands.clean_cache(["--old"])
+    assert not old.exists() and not broken.exists() and environment.prepare() == bed and base.exists()
+    assert fake_making.count("create") == 1
+    commands.clean_cache([])
+    assert [path.name for path in own_cache.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_help_does_nothing_but_help(own_cache, capsys, name):
+    """Of every command: `clean-cache --help` must clean nothing, and nothing may be set up."""
+    (own_cache / "env-0").mkdir(parents=True)
+    try:
+        assert main.main([name, "--help"]) == 0
+    except SystemExit as end:
+        assert end.code == 0
+    assert [path.name for path in own_cache.iterdir()] == ["env-0"]
+    text = capsys.readouterr().out
+    assert len(text) > 20 and (name != "serve" or "--port" in text and "All other arguments go to ComfyUI" in text)
+
+
 def test_another_requirement_makes_another_environment(tmp_path, monkeypatch, checkout):
     before = environment.environment_key()
     copy = tmp_path / "checkout"
@@ -165,8 +206,45 @@ def test_pip_settings_reach_uv(monkeypatch, tmp_path):
     settings = environment.index_settings(Path(sys.executable))
     assert settings["UV_DEFAULT_INDEX"] == "http://index.invalid/simple"
     assert settings["UV_INDEX"] == "http://a.invalid http://b.invalid"
-    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://chosen.invalid")
-    assert "UV_DEFAULT_INDEX" not in environment.index_settings(Path(sys.executable)), "uv's own setting stays"
+    for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "http://chosen.invalid")
+            assert "UV_DEFAULT_INDEX" not in environment.index_settings(Path(sys.executable)), "uv's own setting stays"
+
+
+@pytest.mark.parametrize("config, variables", [
+    ("[global]\nindex-url = http://a.invalid\n", {"PIP_INDEX_URL": "http://b.invalid"}),
+    ("[global]\nindex-url = http://a.invalid\n", {"PIP_INDEX_URL": ""}),
+    ("[install]\nindex-url = http://a.invalid\n[global]\nindex-url = http://b.invalid\n", {}),
+    ("[install]\nindex-url = http://a.invalid\n", {"PIP_INDEX_URL": "http://b.invalid"}),
+    ("[download]\nindex-url = http://a.invalid\n", {}),
+])
+def test_pips_settings_are_weighed_as_pip_does(monkeypatch, tmp_path, config, variables):
+    """pip itself is asked where it looks; a proxy that nobody runs keeps it from the network."""
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    (tmp_path / "pip.conf").write_text(config)
+    for name, value in ({"PIP_CONFIG_FILE": str(tmp_path / "pip.conf")} | variables).items():
+        monkeypatch.setenv(name, value)
+    asked = subprocess.run([sys.executable, "-m", "pip", "install", "--dry-run", "--retries", "0", "--proxy",
+                            "http://127.0.0.1:9", "no-such-package-ridfr"], capture_output=True, text=True)
+    looked = re.search(r"Looking in indexes: ([^,\s]+)", asked.stdout)
+    default = "https://pypi.org/simple"
+    ours = environment.index_settings(Path(sys.executable)).get("UV_DEFAULT_INDEX", default)
+    assert ours == (looked[1] if looked else default)
+
+
+def test_caches_are_below_ours_where_the_home_cannot_be_written(own_cache, monkeypatch, tmp_path, fake_making):
+    (tmp_path / "file").touch()
+    home = "LOCALAPPDATA" if sys.platform == "win32" else "HOME"
+    monkeypatch.setenv(home, str(tmp_path / "file" / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("UV_CACHE_DIR", raising=False)
+    monkeypatch.setenv("PIP_CACHE_DIR", "chosen")
+    environment.prepare()
+    assert os.environ.pop("UV_CACHE_DIR") == str(own_cache / "uv") and os.environ["PIP_CACHE_DIR"] == "chosen"
+    monkeypatch.setenv(home, str(tmp_path / "home"))
+    assert cache.download_caches() == {}
 
 
 @pytest.mark.parametrize(("version", "sentence"), [
@@ -195,6 +273,37 @@ def test_users_python_is_found_and_what_it_lacks_is_named(own_cache, tmp_path, m
     assert environment.prepare() == environment.Bed(python, tree, None)
 
 
+@pytest.mark.parametrize("version", ["0.30.0rc1", "v0.30", "nightly"])
+def test_odd_versions_of_a_comfyui_are_accepted(own_cache, tmp_path, monkeypatch, version):
+    monkeypatch.setenv("COMFYUI_PATH", str(fake_comfyui(tmp_path / "theirs", version=version)))
+    assert comfyui.users_own() == tmp_path / "theirs"
+
+
+def test_models_of_a_users_comfyui_are_used(own_cache, tmp_path, monkeypatch):
+    """As ComfyUI itself reads the file that `serve` and `doctor` hand to it."""
+    base = tmp_path / "base"
+    assert comfyui.users_models(base) == []
+    tree = fake_comfyui(tmp_path / "theirs")
+    for name in ("checkpoints", "loras", "my own"):
+        (tree / "models" / name).mkdir(parents=True)
+    monkeypatch.setenv("COMFYUI_PATH", str(tree))
+    flag, file = comfyui.users_models(base)
+    assert flag == "--extra-model-paths-config"
+    folders = host.model_folders(tree, base, ("checkpoints", "controlnet", "loras"), [file])
+    assert folders["checkpoints"] == [tree / "models" / "checkpoints", base / "models" / "checkpoints"]
+    assert tree / "models" / "t2i_adapter" in folders["controlnet"] and tree / "models" / "loras" in folders["loras"]
+    started, asked = [], []
+    monkeypatch.setattr(commands, "prepare", lambda: environment.Bed(Path(sys.executable), tree, None))
+    monkeypatch.setattr(commands, "Server", lambda python, tree, base, flags, port: started.append(flags) or StepError)
+    monkeypatch.setattr(commands, "become", asked.append)
+    monkeypatch.setattr(commands, "device_flags", lambda python: [])
+    with contextlib.suppress(TypeError):
+        commands.serve([])
+    commands.doctor(["ridfr_nano"])
+    for arguments in (started[0], asked[0]):
+        assert arguments[arguments.index("--extra-model-paths-config") + 1].read_text() == file.read_text()
+
+
 def test_unwritable_cache_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("RIDFR_CACHE", str(tmp_path / "file" / "cache"))
@@ -213,9 +322,51 @@ def test_pack_is_linked_once_and_again_after_the_checkout_moved(tmp_path, checko
 def test_server_answers_and_stops(tmp_path):
     tree = fake_comfyui(tmp_path / "tree", ANSWERS)
     with Server(Path(sys.executable), tree, tmp_path, []) as server:
-        urllib.request.urlopen(server.url, timeout=5).close()
+        answered(server.url)
         assert "serving" in server.log_text()
     assert not server.alive()
+
+
+def answered(url):
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5).close()
+
+
+def test_server_has_its_folder_and_arguments_as_without_the_leash(tmp_path):
+    program = """
+import json, os, sys, here
+print(json.dumps([sys.argv, sys.path[0], __name__, __file__, os.getcwd(), here.number]), flush=True)
+raise SystemExit("ended")
+"""
+    tree = fake_comfyui(tmp_path / "tree", program)
+    (tree / "here.py").write_text("number = 7")
+    with pytest.raises(StepError, match="ended with code 1"), Server(Path(sys.executable), tree, tmp_path, ["--cpu"]):
+        pass
+    line = (tmp_path / "server.log").read_text().splitlines()[0]
+    arguments, path, name, file, folder, number = json.loads(line)
+    assert arguments[0] == file == "main.py" and arguments[-1] == "--cpu"
+    assert path == folder == str(tree) and name == "__main__" and number == 7
+
+
+@pytest.mark.parametrize("no_proxy", [None, "other.invalid"])
+def test_a_proxy_is_never_asked(monkeypatch, no_proxy):
+    """Nor one that is down, nor by the websocket."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        for variable in (name, name.upper()):
+            monkeypatch.setenv(variable, "http://127.0.0.1:9")  # the discard port: nobody listens
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(variable, no_proxy) if no_proxy else monkeypatch.delenv(variable, raising=False)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def shake_hands():
+        connection = listener.accept()[0]
+        key = re.search(rb"(?i)sec-websocket-key: (.+?)\r", connection.recv(10_000))[1]
+        accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+        connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                           b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n")
+
+    threading.Thread(target=shake_hands, daemon=True).start()
+    with Client(f"http://127.0.0.1:{listener.getsockname()[1]}"):
+        pass
 
 
 def test_server_that_does_not_start_shows_its_last_words(tmp_path):
@@ -241,6 +392,27 @@ def test_interrupted_demo_leaves_nothing_running(tmp_path, checkout, signum, cod
     assert process.returncode == code and "Traceback" not in errors
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid[1]), 0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither signal")
+@pytest.mark.parametrize("signum", ["SIGKILL", "SIGHUP"])
+def test_a_server_ends_with_its_parent(tmp_path, checkout, signum):
+    """Killed, as pytest is when it hangs, or with its terminal closed."""
+    beating = "import time\nwhile True:\n    print('beat', flush=True)\n    time.sleep(0.1)\n"
+    tree, base = fake_comfyui(tmp_path / "tree", beating), tmp_path / "base"
+    base.mkdir()
+    parent = subprocess.Popen([sys.executable, "-m", "tools.demo", "--tree", tree, "--base", base], cwd=checkout,
+                              stdout=subprocess.DEVNULL)
+    log = base / "server.log"
+    while not (log.exists() and "beat" in log.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.send_signal(getattr(signal, signum))
+    parent.wait(10)
+    deadline, size = time.monotonic() + 10, -1
+    while size != (size := log.stat().st_size):
+        assert time.monotonic() < deadline, "the server still runs"
+        time.sleep(1)
 
 
 def heed_interrupts():
