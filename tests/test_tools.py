@@ -236,15 +236,18 @@ def test_pips_settings_are_weighed_as_pip_does(monkeypatch, tmp_path, config, va
 
 def test_caches_are_below_ours_where_the_home_cannot_be_written(own_cache, monkeypatch, tmp_path, fake_making):
     (tmp_path / "file").touch()
-    home = "LOCALAPPDATA" if sys.platform == "win32" else "HOME"
-    monkeypatch.setenv(home, str(tmp_path / "file" / "home"))
+    homes = ("LOCALAPPDATA", "USERPROFILE") if sys.platform == "win32" else ("HOME",)
+    for name in homes:
+        monkeypatch.setenv(name, str(tmp_path / "file" / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("UV_CACHE_DIR", raising=False)
     monkeypatch.setenv("PIP_CACHE_DIR", "chosen")
     environment.prepare()
     assert os.environ.pop("UV_CACHE_DIR") == str(own_cache / "uv") and os.environ["PIP_CACHE_DIR"] == "chosen"
-    monkeypatch.setenv(home, str(tmp_path / "home"))
-    assert cache.download_caches() == {}
+    assert list(cache.home().values()) == [str(own_cache / "home")]
+    for name in homes:
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    assert cache.download_caches() == cache.home() == {}
 
 
 @pytest.mark.parametrize(("version", "sentence"), [

@@ -33,12 +33,23 @@ def platform_cache() -> Path:
 
 def download_caches() -> dict[str, str]:
     """uv's and pip's settings that put their caches below ours where the platform's own cannot be written."""
+    places = {"UV_CACHE_DIR": str(cache() / "uv"), "PIP_CACHE_DIR": str(cache() / "pip")}
+    return {} if writable(platform_cache()) else places
+
+
+def home() -> dict[str, str]:
+    """The setting of another home where the user's cannot be written: comfy-cli makes a folder there when imported."""
+    name = "USERPROFILE" if sys.platform == "win32" else "HOME"
+    return {} if writable(Path.home()) else {name: str(cache() / "home")}
+
+
+def writable(folder: Path) -> bool:
     try:
-        platform_cache().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=platform_cache()):
-            return {}
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
     except OSError:
-        return {"UV_CACHE_DIR": str(cache() / "uv"), "PIP_CACHE_DIR": str(cache() / "pip")}
+        return False
 
 
 def key_of(*parts: str) -> str:
@@ -89,7 +100,7 @@ else:
 
 def clean() -> None:
     """Remove everything that was set up."""
-    remove(("env-", "comfyui-", "base-", "fetch-", "uv", "pip"))
+    remove(("env-", "comfyui-", "base-", "fetch-", "uv", "pip", "home"))
 
 
 def clean_old(needed: Collection[Path]) -> None:

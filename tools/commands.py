@@ -110,6 +110,7 @@ def become(command: list) -> int:
     """Run `command` in the checkout in this process's place, so that signals reach it and its code is ours."""
     command = [str(part) for part in command]
     os.chdir(cache.CHECKOUT)
+    os.environ.update(cache.home())
     if os.name == "posix":
         os.execv(command[0], command)
     signal.signal(signal.SIGINT, lambda *_: None)  # Windows has no exec: the child answers Ctrl-C, this waits for it

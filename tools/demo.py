@@ -49,7 +49,7 @@ def main() -> None:
     except PromptError as error:
         sys.exit(f"ridfr: Running the graph failed: {error} ComfyUI's log is {options.base / 'server.log'}.")
     except OSError as error:
-        sys.exit(f"ridfr: Writing the contact sheet failed: {error}")
+        sys.exit(f"ridfr: The demo failed: {error}")
     except KeyboardInterrupt:
         sys.exit("ridfr: interrupted; the server is stopped")
 
