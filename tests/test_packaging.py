@@ -57,6 +57,20 @@ def test_what_the_nodes_import_is_required(checkout, project):
     assert {Requirement(line).name for line in project["project"]["dependencies"]} == set(REQUIRED.values())
 
 
+@pytest.mark.parametrize("module, sentence", [
+    ("no_such", "no_such is not installed: run `.* -m pip install -r requirements.txt` in the pack's folder"),
+    ("comfy_api_of_later", "ComfyUI is too old for this pack .*: update ComfyUI"),
+])
+def test_a_missing_requirement_is_a_sentence_when_comfyui_loads_the_pack(checkout, tmp_path, module, sentence):
+    pack = tmp_path / "pack"
+    (pack / "nodes").mkdir(parents=True)
+    (pack / "__init__.py").write_text((checkout / "__init__.py").read_text(encoding="utf-8"))
+    (pack / "nodes" / "__init__.py").write_text(f"import {module}")
+    done = subprocess.run([sys.executable, "-c", "import pack"], cwd=tmp_path, capture_output=True, text=True)
+    assert re.fullmatch(f"ImportError: {sentence}.", done.stderr.splitlines()[-1])
+    assert "During handling" not in done.stderr
+
+
 TROUBLED = {"opencv-contrib-python": "4.11.0.86", "onnxruntime-gpu": "1.22.0", "protobuf": "4.25.8"}
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import websocket
 
-from ridfr_core import host
+from ridfr_core import host, known_models
 from tools import __main__ as main
 from tools import cache, comfyui, commands, demo, environment
 from tools.bench_report import write_table
@@ -286,15 +286,16 @@ def test_models_of_a_users_comfyui_are_used(own_cache, tmp_path, monkeypatch):
     """As ComfyUI itself reads the file that `serve` and `doctor` hand to it."""
     base = tmp_path / "base"
     assert comfyui.users_models(base) == []
-    tree = fake_comfyui(tmp_path / "theirs")
+    tree = fake_comfyui(tmp_path / "their \\ '\" Übung 😀" if sys.platform != "win32" else tmp_path / "Übung 😀")
     for name in ("checkpoints", "loras", "my own"):
         (tree / "models" / name).mkdir(parents=True)
     monkeypatch.setenv("COMFYUI_PATH", str(tree))
     flag, file = comfyui.users_models(base)
     assert flag == "--extra-model-paths-config"
-    folders = host.model_folders(tree, base, ("checkpoints", "controlnet", "loras"), [file])
-    assert folders["checkpoints"] == [tree / "models" / "checkpoints", base / "models" / "checkpoints"]
-    assert tree / "models" / "t2i_adapter" in folders["controlnet"] and tree / "models" / "loras" in folders["loras"]
+    folders = host.model_folders(tree, base, (*known_models.FOLDERS, "loras"), [file])
+    for name in ("checkpoints", "loras", "ipadapter"):
+        assert folders[name] == [tree / "models" / name, base / "models" / name]
+    assert folders["controlnet"][:2] == [tree / "models" / "controlnet", tree / "models" / "t2i_adapter"]
     started, asked = [], []
     monkeypatch.setattr(commands, "prepare", lambda: environment.Bed(Path(sys.executable), tree, None))
     monkeypatch.setattr(commands, "Server", lambda python, tree, base, flags, port: started.append(flags) or StepError)

@@ -10,7 +10,7 @@ from .commands import COMMANDS, OWN_HELP  # noqa: E402
 from .steps import StepError  # noqa: E402
 
 SETTINGS = """
-COMFYUI_PATH     a ComfyUI of your own to use instead of the one this sets up
+COMFYUI_PATH     a ComfyUI of your own to use, with its models, instead of the one this sets up
 COMFYUI_PYTHON   its Python, where that is not found in its folder
 RIDFR_CACHE      where what was set up is kept
 """

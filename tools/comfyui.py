@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ridfr_core.host import OLDEST_COMFYUI as MINIMUM
 from ridfr_core.host import numbers, version_of
+from ridfr_core.known_models import FOLDERS
 
 from .cache import cache
 from .steps import StepError, run, say
@@ -107,10 +108,11 @@ def users_models(base: Path) -> list[str | Path]:
     if own is None:
         return []
     models = own / "models"
-    folders = {folder.name: folder.name for folder in sorted(models.glob("*")) if folder.is_dir()}
-    folders["controlnet"] = "controlnet\nt2i_adapter"  # two folders, as ComfyUI has them
+    names = {*FOLDERS, *(folder.name for folder in models.glob("*") if folder.is_dir())}
+    folders = {name: name for name in sorted(names)}
+    folders["controlnet"] = "t2i_adapter\ncontrolnet"  # ComfyUI has both there; the last one comes first
     base.mkdir(parents=True, exist_ok=True)
     file = base / "models_of_your_comfyui.yaml"
-    file.write_text(json.dumps({"comfyui": {"base_path": str(models), "is_default": True} | folders}, indent=1),
-                    encoding="utf-8")  # JSON is YAML, and this Python may have no YAML package
+    content = {"comfyui": {"base_path": str(models), "is_default": True} | folders}
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")  # JSON is YAML, too
     return ["--extra-model-paths-config", file]
