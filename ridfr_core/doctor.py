@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import known_models, model_search
-from .errors import RidfrError
+from .errors import RidfrError, in_one_line
 from .face_model import digest_of
 from .host import OLDEST_COMFYUI, numbers
 from .known_models import KnownModel
@@ -39,7 +39,7 @@ class Finding:
         return self.state in ("ok", "note")
 
     def __str__(self) -> str:
-        return f"{self.state:<8}{self.text}"
+        return f"{self.state:<8}{self.text}".encode("utf-8", "backslashreplace").decode()  # file names may be anything
 
 
 def examine(folders: Folders, version: str, workflows: Sequence[str], hashes: bool = False) -> Iterator[Finding]:
@@ -107,18 +107,24 @@ def installed(package: str) -> str | None:
 
 def packages() -> Iterator[Finding]:
     """torch and its device, and the pack's own requirements, which are imported as the nodes import them."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    elif torch.backends.mps.is_available():
-        device = "Apple GPU"
-    else:
-        device = "no GPU: sampling runs on the processor, which takes minutes per picture"
-    yield Finding("ok", f"torch {torch.__version__}, {device}")
+    try:
+        yield Finding("ok", f"torch {torch.__version__}, {device()}")
+    except Exception as error:  # of the driver
+        yield Finding("wrong", f"torch {torch.__version__} cannot use the graphics card ({in_one_line(error)}): "
+                      "restart the computer, or update the card's driver")
     for name in REQUIRED:
         try:
             need(name)
         except PackageError as error:
             yield Finding("wrong", str(error))
+
+
+def device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return "Apple GPU"
+    return "no GPU: sampling runs on the processor, which takes minutes per picture"
 
 
 def runtimes() -> Iterator[Finding]:
@@ -132,9 +138,8 @@ def runtimes() -> Iterator[Finding]:
 
         providers = onnxruntime.get_available_providers()
     except Exception as error:  # a broken package may raise anything
-        reason = " ".join(str(error).split())
-        yield Finding("note", f"{names} cannot be imported ({reason}): this pack works without, others may need it. To "
-                      "mend it, reinstall one of them")
+        yield Finding("note", f"{names} cannot be imported ({in_one_line(error)}): this pack works without, others may "
+                      "need it. To mend it, reinstall one of them")
         return
     yield shadowed(builds, providers) or Finding("ok", f"{names}: {', '.join(providers)}")
 
@@ -171,8 +176,8 @@ def model_file(model: KnownModel, folders: Folders, hashes: bool) -> Finding:
     except RidfrError as error:
         return Finding("wrong", f"{path or model.name}: {error}")
     except Exception as error:  # whatever a strange file or folder raises, the verdict comes
-        return Finding("wrong", f"{path or model.name} cannot be read ({type(error).__name__}: {error}): replace it. "
-                       f"{source(model)}")
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
+        return Finding("wrong", f"{path or model.name} cannot be read ({reason}): replace it. {source(model)}")
 
 
 def found(model: KnownModel, path: Path, folders: Folders, hashes: bool) -> Finding:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import known_models
-from .errors import RidfrError
+from .errors import RidfrError, in_one_line
 
 OLDEST_COMFYUI = (0, 18, 0)
 MOST = 100_000  # characters and keys of an extra_model_paths.yaml; a real one has a hundred
@@ -113,6 +113,5 @@ def read_yaml(file: Path) -> Any:
             raise yaml.YAMLError(f"more than {MOST} characters")
         return yaml.load(content, Loader)
     except Exception as error:  # besides YAMLError: of the encoding, of dates and numbers, RecursionError when nested
-        reason = " ".join(str(error).split())
-        raise HostError(f"{file} cannot be read as YAML ({reason:.200}): correct it, ComfyUI reads it when it starts."
-                        ) from error
+        raise HostError(f"{file} cannot be read as YAML ({in_one_line(error):.200}): correct it, ComfyUI reads it when "
+                        "it starts.") from error

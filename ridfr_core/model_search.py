@@ -102,7 +102,7 @@ def weight_files(root: Path) -> Iterator[Path]:
         seen.add(real)
         subfolders.sort()
         paths = (Path(folder, name) for name in sorted(names))
-        yield from (path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
+        yield from (path for path in paths if path.suffix.lower() in SUFFIXES and os.path.isfile(path))
 
 
 def in_place(model: KnownModel, folders: Folders) -> Path | None:
@@ -111,7 +111,7 @@ def in_place(model: KnownModel, folders: Folders) -> Path | None:
     if found := next((root / model.path for root in roots if os.path.isfile(root / model.path)), None):
         return found
     inside = [path for root in roots for path in weight_files(root / Path(model.path).parent)]
-    packs = [pack for root in roots if model.pack for pack in sorted((root / "models").glob("*")) if pack.is_dir()]
+    packs = [pack for root in roots if model.pack for pack in sorted((root / "models").glob("*"))]
     beside = [path for pack in packs for path in weight_files(pack)]
     named = (path for path in inside + beside if path.name == model.name)
     return next(named, None) or next((path for path in inside if fits(model, path)), None)

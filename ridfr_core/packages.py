@@ -4,7 +4,7 @@ import importlib
 import sys
 from types import ModuleType
 
-from .errors import RidfrError
+from .errors import RidfrError, in_one_line
 
 REQUIRED = {  # what the nodes import, and what pip calls it
     "torch": "torch", "safetensors": "safetensors", "kornia": "kornia", "numpy": "numpy", "PIL": "Pillow",
@@ -25,6 +25,6 @@ def need(name: str) -> ModuleType:
     except (Exception, SystemExit) as error:  # a broken package may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name == top:
             raise PackageError(f"{REQUIRED[top]} is not installed: run {pip} {REQUIRED[top]}`.") from error
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
         raise PackageError(f"{REQUIRED[top]} is installed, but it cannot be imported ({reason}): run "
                            f"{pip} --force-reinstall --no-deps {REQUIRED[top]}`.") from error

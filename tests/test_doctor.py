@@ -477,6 +477,27 @@ def test_links_in_a_circle_and_what_is_not_a_file(comfyui, capsys):
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a file's name may be any bytes")
+def test_a_file_name_that_is_no_text(comfyui, checkout):
+    folder = comfyui / "models" / "checkpoints"
+    odd = os.path.join(os.fsencode(folder), b"\xff \xe2\x86\x91")
+    os.mkdir(odd)
+    os.rename(folder / known_models.SD15.path, os.path.join(odd, os.fsencode(known_models.SD15.path)))
+    done = subprocess.run([sys.executable, "-m", "ridfr_core.cli", "doctor", "--comfyui", comfyui, "ridfr_sd15_tile"],
+                          cwd=checkout, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    lines = done.stdout.decode().splitlines()
+    assert lines[-1].startswith("ridfr_sd15_tile: ") and "\\udcff ↑" in line_of(lines, known_models.SD15.name)
+
+
+def test_a_graphics_card_that_fails_is_a_finding(monkeypatch):
+    def fail():
+        raise RuntimeError("CUDA driver initialization failed")
+
+    monkeypatch.setattr(torch.cuda, "is_available", fail)
+    (finding,) = [finding for finding in doctor.packages() if not finding.healthy]
+    assert "cannot use the graphics card (CUDA driver" in finding.text
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of memory are POSIX's")
 def test_gigabytes_are_not_read(comfyui, checkout):
     """Four files of 4 GB, with holes, in a process of a few hundred megabytes more than it needs for torch."""

@@ -1,8 +1,11 @@
 """Look what is missing for the shipped graphs: model files, packages, folders."""
 
 import argparse
+import os.path
 import sys
 from pathlib import Path
+
+from ..errors import in_one_line
 
 PACK = Path(__file__).parents[2]
 SIGNS = ("comfyui_version.py", "main.py")  # of a ComfyUI folder; old ones lack the first
@@ -29,15 +32,14 @@ def run(options: argparse.Namespace) -> None:
     try:
         from .. import doctor, host
     except Exception as error:  # torch is missing, or broken in any way
-        reason = " ".join(str(error).split())
-        fail(f"{reason} ({sys.executable}): run this with ComfyUI's Python, or install that package again")
+        fail(f"{in_one_line(error)} ({sys.executable}): run this with ComfyUI's Python, or install that package again")
     from ..known_models import WORKFLOWS
 
     workflows = list(dict.fromkeys(options.workflows)) or list(WORKFLOWS)
     if unknown := set(workflows) - WORKFLOWS.keys():
         fail(f"there is no graph {', '.join(sorted(unknown))}; there are {', '.join(WORKFLOWS)}")
     tree, base = options.comfyui, options.base_directory
-    if tree is None or not any((tree / name).is_file() for name in SIGNS):
+    if tree is None or not any(os.path.isfile(tree / name) for name in SIGNS):
         where = f"there is no ComfyUI in {tree}" if tree else "ComfyUI is not found"
         fail(f"{where}: name ComfyUI's folder with --comfyui (for the one of `make demo` and `make serve`: "
              "`make doctor`)")
