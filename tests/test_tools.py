@@ -402,7 +402,7 @@ def test_interrupted_demo_leaves_nothing_running(tmp_path, checkout, signum, cod
 @pytest.mark.parametrize("signum", ["SIGKILL", "SIGHUP"])
 def test_a_server_ends_with_its_parent(tmp_path, checkout, signum):
     """Killed, as pytest is when it hangs, or with its terminal closed."""
-    beating = "import time\nwhile True:\n    print('beat', flush=True)\n    time.sleep(0.1)\n"
+    beating = "import time\nfor _ in range(600):\n    print('beat', flush=True)\n    time.sleep(0.1)\n"
     tree, base = fake_comfyui(tmp_path / "tree", beating), tmp_path / "base"
     base.mkdir()
     parent = subprocess.Popen([sys.executable, "-m", "tools.demo", "--tree", tree, "--base", base], cwd=checkout,
