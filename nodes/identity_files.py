@@ -4,9 +4,10 @@ from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
+from server import PromptServer
 
-from ..ridfr_core.identity import Identity, IdentityError, check_recogniser, each_alone
-from ..ridfr_core.identity_files import file_name, load_identity, save_identity
+from ..ridfr_core.identity import Identity, check_recogniser, each_alone
+from ..ridfr_core.identity_files import load_identity, new_files, save_identity
 from . import types
 from .checks import checked
 from .managed import ManagedFaceModel
@@ -31,18 +32,19 @@ class SaveIdentity(io.ComfyNode):
                     "name",
                     default="person",
                     tooltip="The person's name, which becomes that of the file. Several people get one file each, with "
-                    "a number behind the name.",
+                    "a number behind the name. If the name is taken, _00002 is added, then _00003, and so on.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Whether a person who is already saved under this name is replaced.",
+                    tooltip="Replaces a person who is already saved under this name. When off, both are kept.",
                 ),
             ],
             outputs=[
                 types.Identity.Output(display_name="identity", tooltip="The same identity, to go on with."),
                 io.String.Output(display_name="file", tooltip="The file that was written; several, one in each line."),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -51,16 +53,11 @@ class SaveIdentity(io.ComfyNode):
     def execute(cls, identity: Identity, name: str, overwrite: bool) -> io.NodeOutput:
         folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
         people = each_alone(identity)
-        numbers = [None] if len(people) == 1 else range(1, len(people) + 1)
-        files = [folder / file_name(name, number) for number in numbers]
-        for file in files:
-            if file.exists() and not overwrite:
-                raise IdentityError(
-                    f"There is already a '{file.name}' in {folder}: choose another name or switch overwrite on."
-                )
-        for person, file in zip(people, files):
+        files = new_files(folder, name, len(people), overwrite)
+        for person, file in zip(people, files, strict=True):
             save_identity(person, file)
         text = "\n".join(map(str, files))
+        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(identity, text, ui={"text": [text]})
 
 

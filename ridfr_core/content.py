@@ -4,6 +4,7 @@ RIDFR (section 3.2) joins the LQ image to the noisy latent, as pixels at latent 
 and DiffBIR join the LQ image's latent (8). FaceMe has ControlNet's own hint encoder and hints in [-1,1].
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
@@ -11,8 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoints import CheckpointError, expect, kind_of, lacks
-from .layouts import replace_prefix, unet_to_ldm
+from .checkpoints import (
+    CheckpointError,
+    brief,
+    check_fractions,
+    expect,
+    kind_of,
+    lacks,
+    misshapen,
+    strangers,
+)
+from .layouts import RESNET, replace_prefix, unet_to_ldm
 
 PREFIX = "ridfr."
 CHOICES = {
@@ -25,6 +35,24 @@ CHOICES = {
 KINDS = {4: "hint", 7: "pixel", 8: "latent"}  # by input channels
 CONV_IN = "input_blocks.0.0.weight"
 TRUNK = "control_model."  # what DiffBIR and others call the ControlNet within a bigger checkpoint
+HINT = re.compile(r"controlnet_cond_embedding\.blocks\.(\d{1,2})\.", re.ASCII)
+ZERO_CONV = re.compile(r"^controlnet_down_blocks\.(\d{1,2})\.", re.ASCII)
+
+# All names that a ControlNet has in the ldm layout; numbers have two digits, so that nobody counts to a billion.
+RESNETS = "|".join(map(re.escape, RESNET.values()))
+LAYERS = r"attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)|norm[123]"
+TRANSFORMERS = rf"norm|proj_in|proj_out|transformer_blocks\.\d{{1,2}}\.({LAYERS})"
+NAMES = re.compile(
+    rf"(input_blocks\.(0\.0|\d{{1,2}}\.(0\.(op|{RESNETS})|1\.({TRANSFORMERS})))"
+    rf"|middle_block\.([02]\.({RESNETS})|1\.({TRANSFORMERS}))|middle_block_out\.0|zero_convs\.\d{{1,2}}\.0"
+    r"|time_embed\.[02]|label_emb\.0\.[02]|input_hint_block\.\d{1,2})\.(weight|bias)",
+    re.ASCII,
+)
+DIMENSIONS = {  # of the tensors that the network's sizes are read off
+    re.compile(r"input_blocks\.0\.0\.weight|.+\.out_layers\.3\.weight"): 4,
+    re.compile(r".+\.attn2\.to_k\.weight|label_emb\.0\.0\.weight"): 2,
+}
+GROUPS = 32  # of channels in a group norm: every width is a multiple
 
 
 @dataclass(frozen=True)
@@ -46,8 +74,8 @@ class ContentSpec:
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise CheckpointError(
-                    f"The content ControlNet's metadata says {PREFIX}{name} = '{value}', but this version of the pack "
-                    f"knows only {', '.join(choices)}: update the pack."
+                    f"The content ControlNet's metadata says {PREFIX}{name} = '{brief(value)}', but this version of "
+                    f"the pack knows only {', '.join(choices)}: update the pack."
                 )
 
     @classmethod
@@ -93,11 +121,13 @@ def understand(
     state = controlnet_to_ldm(state_dict)
     if CONV_IN not in state:
         raise lacks([CONV_IN], "content-controlnet", name)
-    kind = KINDS.get(state[CONV_IN].shape[1])
+    kind = KINDS.get(state[CONV_IN].shape[1]) if state[CONV_IN].ndim == 4 else None
+    if kind is None:
+        raise misshapen(CONV_IN, state[CONV_IN], "its input has 4, 7 or 8 channels", "content-controlnet", name)
     if said.get("kind", kind) != kind:
         raise CheckpointError(
             f"'{name}' has {state[CONV_IN].shape[1]} input channels, but its metadata says {PREFIX}kind = "
-            f"'{said['kind']}': it was put together wrongly, so get it again from whoever made it."
+            f"'{brief(said['kind'])}': it was put together wrongly, so get it again from whoever made it."
         )
     return state, ContentSpec(**{"base": _base_of(state), "kind": kind} | said | dict(choices))
 
@@ -108,6 +138,28 @@ def _base_of(state: Mapping[str, Tensor]) -> str:
         return "sdxl"
     linear = any(key.endswith(".1.proj_in.weight") and weight.ndim == 2 for key, weight in state.items())
     return "sd21" if linear else "sd15"
+
+
+def check_layout(state: Mapping[str, Tensor], name: str) -> None:
+    """Raises CheckpointError where the tensors of the file called `name`, in ldm keys, are no ControlNet's.
+
+    After it ComfyUI can read the network's sizes off them without harm: nothing in them is far larger than the file.
+    """
+    if foreign := [key for key in state if not NAMES.fullmatch(key)]:
+        raise strangers(foreign, "content-controlnet", name)
+    check_fractions(state, "content-controlnet", name)
+    if CONV_IN not in state:
+        raise lacks([CONV_IN], "content-controlnet", name)
+    for key, tensor in state.items():
+        dimensions = next((count for names, count in DIMENSIONS.items() if names.fullmatch(key)), tensor.ndim)
+        if tensor.ndim != dimensions or tensor.numel() == 0:
+            wanted = f"it should have {dimensions} dimensions, each of at least 1"
+            raise misshapen(key, tensor, wanted, "content-controlnet", name)
+    width = len(state[CONV_IN])
+    for key in (CONV_IN, *(key for key in state if key.endswith(".out_layers.3.weight"))):
+        if len(state[key]) % width or width % GROUPS:
+            wanted = f"a ControlNet's widths are multiples of {GROUPS} and of its first"
+            raise misshapen(key, state[key], wanted, "content-controlnet", name)
 
 
 def prepare_lq(image: Tensor, size: tuple[int, int], spec: ContentSpec) -> Tensor:
@@ -123,7 +175,7 @@ def controlnet_to_ldm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if any(key.startswith(TRUNK) for key in state_dict):
         state_dict = {k.removeprefix(TRUNK): weight for k, weight in state_dict.items() if k.startswith(TRUNK)}
-    hints = len({key.split(".")[2] for key in state_dict if key.startswith("controlnet_cond_embedding.blocks.")})
+    hints = len({match[1] for key in state_dict if (match := HINT.match(key))})
     table = {
         "controlnet_mid_block": "middle_block_out.0",
         "controlnet_cond_embedding.conv_in": "input_hint_block.0",
@@ -132,8 +184,5 @@ def controlnet_to_ldm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     out = {}
     for key, weight in unet_to_ldm(state_dict).items():
-        if key.startswith("controlnet_down_blocks."):
-            _, i, parameter = key.split(".")
-            key = f"zero_convs.{i}.0.{parameter}"
-        out[replace_prefix(key, table)] = weight
+        out[replace_prefix(ZERO_CONV.sub(r"zero_convs.\1.0.", key), table)] = weight
     return out

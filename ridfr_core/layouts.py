@@ -9,7 +9,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+# No network has a hundred blocks; a file whose names say so is not trusted (nor are digits of other scripts).
+BLOCK = re.compile(
+    r"(down|up)_blocks\.(\d{1,2})\.(resnets|attentions|downsamplers|upsamplers)\.(\d{1,2})\.(.+)", re.ASCII
+)
 
 RESNET = {
     "norm1": "in_layers.0",

@@ -1,6 +1,7 @@
 """Convert a recogniser (.onnx) or PyTorch weights (.bin, .pth, .ckpt) to safetensors, which holds no code."""
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -12,20 +13,22 @@ def describe(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the file and say what it holds. Exit code: 0 written, 2 it was not, and a sentence says why."""
     from .. import checkpoints
+    from ..errors import RidfrError
     from ..face_model import SOURCE_DIGEST, digest_of
     from ..recognition import load_iresnet
 
     source = options.file
-    out = options.out or source.with_suffix(".safetensors")
-    if out.exists():
-        fail(f"{out} is there already: remove it, or name another file after {source}")
+    out = options.out or source.parent / f"{source.stem}.safetensors"
+    if os.path.lexists(out):
+        fail(f"'{out}' is there already: remove it, or name another file after '{source}'.")
     try:
-        if source.suffix == ".onnx" and source.is_file():
+        if source.suffix.lower() == ".onnx" and os.path.isfile(source):
             state, metadata = load_iresnet(source).state_dict(), {SOURCE_DIGEST: digest_of(source)}
+            checkpoints.check_numbers(state, source.name)
         else:
             state, metadata = checkpoints.read(source)
         checkpoints.write(state, out, metadata)
-    except ValueError as error:  # CheckpointError, FaceModelError: one sentence
+    except RidfrError as error:
         fail(str(error))
     print(f"{out}: {len(state)} tensors, {checkpoints.KINDS[checkpoints.kind_of(state)]}")
 
