@@ -1,8 +1,10 @@
+import time
+
 import pytest
 import torch
 
 from ridfr_core.checkpoints import CheckpointError
-from ridfr_core.content import ContentSpec, controlnet_to_ldm, prepare_lq, understand
+from ridfr_core.content import ContentSpec, check_layout, controlnet_to_ldm, prepare_lq, understand
 
 
 def test_spec_survives_its_metadata():
@@ -126,6 +128,8 @@ def test_files_are_understood(state, metadata, choices, spec):
         (RIDFR, {"ridfr.kind": "latent"}, "'x.pth' has 7 input channels, but its metadata says ridfr.kind = 'latent'"),
         ({"vision_model.x": torch.zeros(1)}, {}, "'x.pth' holds nothing this pack knows, but this needs a content"),
         ({"zero_convs.0.0.weight": torch.zeros(1)}, {}, "'x.pth'"),
+        (RIDFR, {"ridfr.kernel": "lanczos\n" * 10**6}, "ridfr.kernel = 'lanczos lanczos .*[.][.][.]', but"),
+        (RIDFR, {"ridfr.kind": "latent\n" * 10**6}, "ridfr.kind = 'latent latent .*[.][.][.]': it was put"),
     ],
 )
 def test_other_files_are_refused(state, metadata, sentence):
@@ -151,3 +155,99 @@ def test_hint_encoder_keys():
         for i in range(8)
         for name, shape in (("weight", (channels[i + 1], channels[i], 3, 3)), ("bias", (channels[i + 1],)))
     }
+
+
+@pytest.mark.parametrize(
+    ("conv_in", "sentence"),
+    [
+        (torch.zeros(4), r"'x' has input_blocks.0.0.weight of shape \[4\], but its input has 4, 7 or 8 channels"),
+        (torch.tensor(1.0), r"of shape \[\], but its input has 4, 7 or 8 channels"),
+        (torch.zeros(32, 5, 3, 3), r"of shape \[32, 5, 3, 3\], but its input has 4, 7 or 8 channels"),
+    ],
+)
+def test_a_first_layer_of_another_shape(conv_in, sentence):
+    with pytest.raises(CheckpointError, match=sentence):
+        understand(RIDFR | {"input_blocks.0.0.weight": conv_in}, {}, "x", {"value_range": "0..1"})
+
+
+NUMBERS = ["100", "99999999", "9" * 5000, "-1", "\u0663", "1e9", ""]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "input_blocks.{}.0.in_layers.0.weight",
+        "input_blocks.1.1.transformer_blocks.{}.norm1.weight",
+        "middle_block.1.transformer_blocks.{}.attn2.to_k.weight",
+        "zero_convs.{}.0.weight",
+        "down_blocks.{}.resnets.0.norm1.weight",
+        "down_blocks.0.resnets.{}.norm1.weight",
+        "down_blocks.0.attentions.{}.proj_in.weight",
+        "controlnet_cond_embedding.blocks.{}.weight",
+        "controlnet_down_blocks.{}.weight",
+        "controlnet_down_blocks.1.{}.weight",
+        "controlnet_cond_embedding.blocks.",
+        "blocks.{}.conv1.weight",
+    ],
+)
+def test_no_number_in_a_name_is_counted_to(name, number):
+    """The name stays, or is one of a ControlNet that lacks the others; either way it takes no time."""
+    start = time.perf_counter()
+    state, _ = understand(RIDFR | {name.format(number): torch.zeros(1)}, {}, "x", {"value_range": "-1..1"})
+    with pytest.raises(CheckpointError, match="'x' holds 1 tensors, such as .* that do not belong to a content Contr"):
+        check_layout(state, "x")
+    assert time.perf_counter() - start < 0.5
+
+
+def test_a_hundred_thousand_names():
+    """A table of them, looked through for each, would take an hour."""
+    start = time.perf_counter()
+    names = ("controlnet_cond_embedding.blocks.{}.weight", "input_blocks.{}.0.op.weight", "down_blocks.{}.a.weight")
+    many = {name.format(i): torch.zeros(1) for name in names for i in range(30_000)}
+    state, _ = understand(RIDFR | many, {}, "x", {"value_range": "-1..1"})
+    with pytest.raises(CheckpointError, match="tensors, such as"):
+        check_layout(state, "x")
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "sentence"),
+    [
+        ("input_blocks.0.0.weight", (20, 7, 3, 3), "a ControlNet's widths are multiples of 32 and of its first"),
+        ("input_blocks.0.0.weight", (0, 7, 3, 3), "it should have 4 dimensions, each of at least 1"),
+        ("input_blocks.1.0.out_layers.3.weight", (48, 32, 3, 3), "multiples of 32"),
+        ("input_blocks.1.0.out_layers.3.weight", (32,), "it should have 4 dimensions"),
+        ("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (32,), "it should have 2 dimensions"),
+        ("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (), "it should have 2 dimensions"),
+        ("label_emb.0.0.weight", (128,), "it should have 2 dimensions"),
+        ("time_embed.0.weight", (32, 0), "each of at least 1"),
+    ],
+)
+def test_sizes_that_no_network_has(key, shape, sentence):
+    with pytest.raises(CheckpointError, match=rf"'x' has {key} of shape .*, but .*{sentence}"):
+        check_layout(RIDFR | {key: torch.zeros(shape)}, "x")
+
+
+def test_whole_numbers_are_quantised_weights():
+    with pytest.raises(CheckpointError, match="'x' stores time_embed.0.weight as int8"):
+        check_layout(RIDFR | {"time_embed.0.weight": torch.zeros(32, 32, dtype=torch.int8)}, "x")
+
+
+@pytest.mark.parametrize("kind", ["pixel", "latent", "hint"])
+def test_whole_networks_pass(kind):
+    from diffusers import ControlNetModel
+
+    with torch.device("meta"):
+        net = ControlNetModel(
+            in_channels={"hint": 4, "pixel": 7, "latent": 8}[kind],
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            cross_attention_dim=64,
+            transformer_layers_per_block=(1, 10),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            use_linear_projection=kind == "latent",
+        )
+    if kind != "hint":
+        net.controlnet_cond_embedding = torch.nn.Identity()
+    check_layout(controlnet_to_ldm(net.state_dict()), "x")

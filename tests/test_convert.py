@@ -1,5 +1,9 @@
 """`ridfr convert` for weights; tests/test_face_model.py has it for recognisers."""
 
+import os
+import resource
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -59,6 +63,45 @@ def no_folder(folder):
     return [folder / "a.bin", folder / "none" / "a.safetensors"]
 
 
+def pipe(folder):
+    os.mkfifo(folder / "a.bin")
+    return [folder / "a.bin"]
+
+
+def a_folder(folder):
+    (folder / "a.bin").mkdir()
+    return [folder / "a.bin"]
+
+
+def broken_link(folder):
+    torch.save(STATE, folder / "a.bin")
+    (folder / "a.safetensors").symlink_to(folder / "none")
+    return [folder / "a.bin"]
+
+
+def nan(folder):
+    torch.save({"a": torch.tensor(float("nan"))}, folder / "a.bin")
+    return [folder / "a.bin"]
+
+
+def sparse(folder):
+    torch.save({"a": torch.eye(2).to_sparse()}, folder / "a.bin")
+    return [folder / "a.bin"]
+
+
+def long_name(folder):
+    torch.save(STATE, folder / "a.bin")
+    return [folder / "a.bin", folder / ("x" * 300)]
+
+
+def nothing(folder):
+    return [folder / ("x" * 300)]
+
+
+def here(folder):
+    return ["."]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -67,6 +110,14 @@ def no_folder(folder):
         (text, "neither safetensors nor a PyTorch file"),
         (damaged_onnx, "a.onnx cannot be read as ONNX"),
         (no_folder, "cannot be written"),
+        (pipe, "is not a file"),
+        (a_folder, "is a folder"),
+        (broken_link, "is there already"),
+        (nan, "holds NaN or infinite numbers in a,"),
+        (sparse, "holds a as a sparse"),
+        (long_name, "cannot be written"),
+        (nothing, "cannot be read"),
+        (here, "is a folder"),
     ],
 )
 def test_what_cannot_be_converted(tmp_path, capsys, make, words):
@@ -76,7 +127,24 @@ def test_what_cannot_be_converted(tmp_path, capsys, make, words):
     with pytest.raises(SystemExit) as end:
         convert(*arguments)
     assert end.value.code == 2
-    assert words in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert words in said and said.endswith(".\n") and said.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
     if make is taken:
         assert (tmp_path / "a.safetensors").read_text() == "mine"
+
+
+def test_a_full_disk(tmp_path, capsys):
+    """Stood in for by a limit to the size of files. Nothing half-written stays."""
+    torch.save({"a": torch.rand(100_000)}, tmp_path / "a.bin")
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
+    try:
+        with pytest.raises(SystemExit) as end:
+            convert(tmp_path / "a.bin")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert end.value.code == 2
+    assert "cannot be written" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]

@@ -153,7 +153,7 @@ META = {"format": "ridfr-identity", "version": "1", "recogniser": "x", "recognis
         ({"embeddings": torch.tensor(1.0)}, r"embeddings has the shape \[\] and should have 2 dimensions"),
         ({"embeddings": torch.ones(0, 512)}, r"embeddings has the shape \[0, 512\] and should have 2"),
         ({"embeddings": torch.ones(2, 0)}, r"embeddings has the shape \[2, 0\] and should have 2"),
-        ({"embeddings": UNIT[:, :256].contiguous()}, "the embedding of photo 1 has the length 0.* instead of 1"),
+        ({"embeddings": UNIT[:, :256].contiguous()}, "the embedding of photo . has the length 0.* instead of 1"),
         ({"embeddings": UNIT * torch.tensor([[1.0], [1.1]])}, "the embedding of photo 2 has the length 1.1 instead"),
         ({"embeddings": UNIT * 3e38}, "the embedding of photo . has the length inf instead of 1"),
         ({"embeddings": UNIT * 0}, "the embedding of photo 1 has the length 0 instead of 1"),
