@@ -11,7 +11,7 @@ from ..ridfr_core.identity_files import load_identity, new_files, save_identity
 from . import types
 from .checks import checked
 from .managed import ManagedFaceModel
-from .paths import users_file
+from .paths import fingerprint, users_file
 
 FOLDER = "identities"
 
@@ -88,8 +88,8 @@ class LoadIdentity(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, face_model: ManagedFaceModel | None = None) -> int:
-        return users_file(FOLDER, file).stat().st_mtime_ns
+    def fingerprint_inputs(cls, file: str, face_model: ManagedFaceModel | None = None) -> str:
+        return fingerprint(users_file(FOLDER, file))
 
     @classmethod
     @checked

@@ -187,6 +187,10 @@ class LoadContentControlNet(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, file: str, **choices: str) -> str:
+        return paths.fingerprint(paths.model_file("controlnet", file))
+
+    @classmethod
     @checked
     def execute(
         cls, file: str, value_range: str = AUTO, kernel: str = AUTO, order: str = AUTO, base: str = AUTO
@@ -197,7 +201,7 @@ class LoadContentControlNet(io.ComfyNode):
         chosen = {name: value for name, value in chosen.items() if value != AUTO}
         state, spec = understand(state, metadata, path.name, chosen)
         known = (NAMES[spec.base], spec.kind, spec.value_range, spec.kernel, spec.order)
-        text = f"for {', '.join(known)}; training: {metadata.get('ridfr.stage', 'not said')}"
+        text = f"for {', '.join(known)}; training: {checkpoints.brief(metadata.get('ridfr.stage', 'not said'))}"
         PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(content_control(state, spec, path.name))
 

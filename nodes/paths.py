@@ -71,3 +71,9 @@ def users_file(kind: str, name: str) -> Path:
         searched = ", ".join(folder_paths.get_folder_paths(kind))
         raise RidfrError(f"There is no file {name!r} in {searched}: put it there, or choose another.")
     return Path(path)
+
+
+def fingerprint(*files: Path) -> str:
+    """Changes when one of the files is written, appears or goes: what a loader's `fingerprint_inputs` returns."""
+    known = [file.stat() if file.is_file() else None for file in files]
+    return str([stat and (stat.st_mtime_ns, stat.st_size) for stat in known])

@@ -176,14 +176,21 @@ def test_best_match_needs_the_face_model(client, model, sentence):
 
 
 def test_saved_identities(client, server):
-    """Not overwritten unasked, not saved without a name, not loaded for another face model, not if it is none."""
+    """The second of a name is counted; not saved without a name, not loaded for another face model or if it is none."""
     save = node("RIDFR_SaveIdentity", identity=["identity", 0], name="bad input", overwrite=False)
-    client.run(extract(PORTRAITS, save=save))
     folder = server.base / "models" / "identities"
-    assert {"bad input 1.safetensors", "bad input 2.safetensors"} <= {path.name for path in folder.iterdir()}
-    again = extract(PORTRAITS, save=save)
-    again["portraits"]["inputs"].update(view=7)
-    fails(client, again, "There is already a 'bad input 1.safetensors' in .*choose another name or switch overwrite on")
+
+    def saved(view, **inputs):
+        graph = extract(PORTRAITS, save={**save, "inputs": {**save["inputs"], **inputs}})
+        graph["portraits"]["inputs"].update(view=view)
+        (text,) = client.run(graph)["outputs"]["save"]["text"]
+        files = [Path(line) for line in text.splitlines()]
+        assert all(file.parent == folder and file.is_file() for file in files)
+        return [file.name for file in files]
+
+    assert saved(1) == ["bad input 1.safetensors", "bad input 2.safetensors"]
+    assert saved(7) == ["bad input 1_00002.safetensors", "bad input 2_00002.safetensors"]
+    assert saved(8, overwrite=True) == ["bad input 1.safetensors", "bad input 2.safetensors"]
     fails(client, extract(PORTRAITS, save={**save, "inputs": {**save["inputs"], "name": " / "}}), "no name for a file")
 
     def load(file, **model):
@@ -217,6 +224,10 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-50])
 
 
+def not_a_number(path):
+    save_file({"image_proj.norm.weight": torch.full((64,), float("nan"))}, path)
+
+
 def with_code(path):
     path.write_bytes(pickle.dumps({"image_proj": Code(path.with_suffix(".ran"))}))
 
@@ -241,8 +252,9 @@ LOADERS = {"ipadapter": "RIDFR_LoadIdentityAdapter", "controlnet": "RIDFR_LoadCo
         (with_code, "code.pt", "'code.pt' holds more than weights, and code in it could run .* refused"),
         (lora, "lora.safetensors", "'lora.safetensors' holds a LoRA .*but this needs"),
         (ordinary_controlnet, "canny.safetensors", "'canny.safetensors' holds an ordinary ControlNet .*but this needs"),
+        (not_a_number, "nan.safetensors", "'nan.safetensors' holds NaN or infinite numbers in image_proj.norm.weight"),
     ],
-    ids=["truncated", "pickle with code", "lora", "ordinary controlnet"],
+    ids=["truncated", "pickle with code", "lora", "ordinary controlnet", "nan"],
 )
 def test_weight_files(client, server, folder, make, name, sentence):
     path = server.base / "models" / folder / name

@@ -1,6 +1,7 @@
 """The content ControlNet computes in ComfyUI what it computes in diffusers, where it is trained."""
 
 import importlib
+import time
 
 import pytest
 import torch
@@ -137,6 +138,54 @@ def test_missing_and_foreign_tensors_are_named(pack, content_control):
         content_control(state | {"task_embedding": torch.zeros(1)}, spec, "x")
     with pytest.raises(checkpoints.CheckpointError, match=r"'x' has zero_convs.0.0.bias of shape \[2\], but .* \[32\]"):
         content_control(state | {"zero_convs.0.0.bias": torch.zeros(2)}, spec, "x")
+
+
+def damaged(state):
+    """(name, tensors) of files that are small and would make a large network, or none."""
+    zeros = torch.zeros
+    wide = "input_blocks.1.0.out_layers.3.weight"
+    yield "far block", state | {"input_blocks.99999999.0.op.weight": zeros(1)}
+    yield "many blocks", state | {f"input_blocks.{i}.0.op.weight": zeros(1) for i in range(20_000)}
+    yield "gap", {key.replace("input_blocks.2.", "input_blocks.98."): weight for key, weight in state.items()}
+    yield "deep", state | {f"middle_block.1.transformer_blocks.{i}.norm1.weight": zeros(1) for i in range(90)}
+    yield "wide", state | {wide: zeros(32 * 4000, 1, 1, 1)}
+    yield "context", state | {key: zeros(1, 10**6) for key in state if key.endswith("attn2.to_k.weight")}
+    yield "another model's names", state | {"double_blocks.0.img_attn.norm.key_norm.scale": zeros(1)}
+    yield "int8", {key: weight.to(torch.int8) for key, weight in state.items()}
+    for key, weight in state.items():
+        yield f"0-d {key}", state | {key: torch.tensor(1.0)}
+        yield f"empty {key}", state | {key: weight[:0]}
+        yield f"flat {key}", state | {key: weight.flatten()[:7]}
+        yield f"narrow {key}", state | {key: weight[:1]}
+
+
+@torch.inference_mode()
+def test_damaged_files_are_refused_at_once(pack, content_control):
+    """Whatever their names and shapes promise, nothing is made of it."""
+    content = pack.ridfr_core.content
+    small = NANO | dict(widths=(32, 64), layers=1, context=64) | blocks(1)
+    state = content.controlnet_to_ldm(diffusers_controlnet(**small).state_dict())
+    for name, broken in damaged(state):
+        start = time.perf_counter()
+        with pytest.raises(pack.ridfr_core.checkpoints.CheckpointError, match="'x.pth' (lacks|holds|has|stores) ") as e:
+            content_control(broken, content.ContentSpec(base="nano"), "x.pth")
+        assert time.perf_counter() - start < 2, name
+        assert str(e.value).endswith(".") and "\n" not in str(e.value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@torch.inference_mode()
+def test_coarser_files_are_loaded(pack, content_control, dtype):
+    content = pack.ridfr_core.content
+    small = NANO | dict(widths=(32, 32), layers=1, context=64) | blocks(1)
+    net = diffusers_controlnet(**small)
+    state = content.controlnet_to_ldm(net.state_dict())
+    control = content_control({k: w.to(dtype) for k, w in state.items()}, content.ContentSpec(base="nano"), "x.pth")
+    z, text, t = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 64), torch.tensor([500.0])
+    lq = torch.rand(1, 3, 8, 8)
+    network = control.control_model.to(torch.float32)
+    got, (_, want) = network(x=z, hint=lq, timesteps=t, context=text), sample(net, z, lq, t, text, ContentSpec())
+    assert relative_error(got["middle"][0], want) < (0.5 if dtype.itemsize == 1 else 0.05)
 
 
 @pytest.mark.parametrize("kernel", ["bicubic", "bilinear", "area", "nearest-exact"])
