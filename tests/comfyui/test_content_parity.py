@@ -1,12 +1,14 @@
 """The content ControlNet computes in ComfyUI what it computes in diffusers, where it is trained."""
 
 import importlib
+import random
 import time
 
 import pytest
 import torch
 
 from ridfr_core.content import ContentSpec, controlnet_to_ldm, prepare_lq
+from tests.test_fuzz_files import content_file, made
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +173,24 @@ def test_damaged_files_are_refused_at_once(pack, content_control):
             content_control(broken, content.ContentSpec(base="nano"), "x.pth")
         assert time.perf_counter() - start < 2, name
         assert str(e.value).endswith(".") and "\n" not in str(e.value), name
+
+
+@torch.inference_mode()
+def test_strange_files_are_loaded_or_refused_at_once(pack, content_control, tmp_path):
+    """Seeded; a failure names its number."""
+    core, good, loaded = pack.ridfr_core, content_file(), 0
+    for number in range(200):
+        path, start = tmp_path / "x.safetensors", time.perf_counter()
+        path.write_bytes(made(good, random.Random(number)))
+        try:
+            content_control(*core.content.understand(*core.checkpoints.read(path), path.name), path.name)
+            loaded += 1
+        except core.errors.RidfrError as error:
+            assert str(error).endswith(".") and "\n" not in str(error), number
+        except Exception as error:
+            raise AssertionError(f"file {number} is not refused with a sentence") from error
+        assert time.perf_counter() - start < 2, number
+    assert loaded > 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
