@@ -225,7 +225,7 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
     def has(*parts: str) -> bool:
         return any(part in key for key in state_dict for part in parts)
 
-    if any(key.startswith("ip_adapter.") for key in state_dict):
+    if has("ip_adapter."):
         known = has("image_proj.perceiver_resampler.") or "image_proj.latents" in state_dict or _is_faceid(state_dict)
         return "identity-adapter" if known else "ip-adapter"
     if has("zero_convs.0.0.", "controlnet_down_blocks.0."):

@@ -360,7 +360,6 @@ EXAMPLES = [
     ("lora", tensors("unet.x.attn1.processor.to_q_lora.down.weight")),
     ("lora", tensors("unet.x.lora_A.weight")),
     ("unknown", tensors("conv1.weight")),
-    ("unknown", tensors("model.ip_adapter.1.to_k_ip.weight", "model.image_proj.norm.weight")),
     ("controlnet", controlnet(7) | tensors("input_blocks.0.0.weight", shape=(4,))),
     ("controlnet", controlnet(7) | tensors("input_blocks.0.0.weight", shape=())),
     ("unknown", {}),
