@@ -193,22 +193,22 @@ NUMBERS = ["100", "99999999", "9" * 5000, "-1", "\u0663", "1e9", ""]
 )
 def test_no_number_in_a_name_is_counted_to(name, number):
     """The name stays, or is one of a ControlNet that lacks the others; either way it takes no time."""
-    start = time.perf_counter()
+    start = time.process_time()
     state, _ = understand(RIDFR | {name.format(number): torch.zeros(1)}, {}, "x", {"value_range": "-1..1"})
     with pytest.raises(CheckpointError, match="'x' holds 1 tensors, such as .* that do not belong to a content Contr"):
         check_layout(state, "x")
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_a_hundred_thousand_names():
     """A table of them, looked through for each, would take an hour."""
-    start = time.perf_counter()
+    start = time.process_time()
     names = ("controlnet_cond_embedding.blocks.{}.weight", "input_blocks.{}.0.op.weight", "down_blocks.{}.a.weight")
     many = {name.format(i): torch.zeros(1) for name in names for i in range(30_000)}
     state, _ = understand(RIDFR | many, {}, "x", {"value_range": "-1..1"})
     with pytest.raises(CheckpointError, match="tensors, such as"):
         check_layout(state, "x")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -168,10 +168,10 @@ def test_damaged_files_are_refused_at_once(pack, content_control):
     small = NANO | dict(widths=(32, 64), layers=1, context=64) | blocks(1)
     state = content.controlnet_to_ldm(diffusers_controlnet(**small).state_dict())
     for name, broken in damaged(state):
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(pack.ridfr_core.checkpoints.CheckpointError, match="'x.pth' (lacks|holds|has|stores) ") as e:
             content_control(broken, content.ContentSpec(base="nano"), "x.pth")
-        assert time.perf_counter() - start < 2, name
+        assert time.process_time() - start < 2, name
         assert str(e.value).endswith(".") and "\n" not in str(e.value), name
 
 
@@ -180,7 +180,7 @@ def test_strange_files_are_loaded_or_refused_at_once(pack, content_control, tmp_
     """Seeded; a failure names its number."""
     core, good, loaded = pack.ridfr_core, content_file(), 0
     for number in range(200):
-        path, start = tmp_path / "x.safetensors", time.perf_counter()
+        path, start = tmp_path / "x.safetensors", time.process_time()
         path.write_bytes(made(good, random.Random(number)))
         try:
             content_control(*core.content.understand(*core.checkpoints.read(path), path.name), path.name)
@@ -189,7 +189,7 @@ def test_strange_files_are_loaded_or_refused_at_once(pack, content_control, tmp_
             assert str(error).endswith(".") and "\n" not in str(error), number
         except Exception as error:
             raise AssertionError(f"file {number} is not refused with a sentence") from error
-        assert time.perf_counter() - start < 2, number
+        assert time.process_time() - start < 2, number
     assert loaded > 10
 
 
