@@ -187,7 +187,7 @@ def write(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[
     try:
         save_file(own, partial, dict(metadata or {}))
         partial.replace(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:  # the last: a name that is no text
         raise unwritable(path, error) from error
     finally:
         with suppress(OSError):  # it is gone, or its folder was never there
@@ -195,7 +195,7 @@ def write(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[
 
 
 def unwritable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"'{path}' cannot be written ({error}): check the folder and the free space.")
+    return CheckpointError(f"'{path}' cannot be written ({brief(str(error), 300)}): check the folder and the free space.")
 
 
 def flatten(nested: Mapping) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ import os
 import pickle
 import struct
 import tarfile
-import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -308,12 +308,12 @@ def test_two_who_write_at_once(tmp_path):
         for _ in range(30):
             write({"w": torch.full((50_000,), number)}, path)
 
-    writers = [threading.Thread(target=repeat, args=(number,)) for number in (1.0, 2.0)]
-    [writer.start() for writer in writers]
-    while any(writer.is_alive() for writer in writers):
-        if path.exists():
-            assert read(path)[0]["w"].unique().tolist() in ([1.0], [2.0])
-    [writer.join() for writer in writers]
+    with ThreadPoolExecutor() as pool:
+        writers = [pool.submit(repeat, number) for number in (1.0, 2.0)]
+        while not all(writer.done() for writer in writers):
+            if path.exists():
+                assert read(path)[0]["w"].unique().tolist() in ([1.0], [2.0])
+    assert [writer.exception() for writer in writers] == [None, None]
     assert list(tmp_path.iterdir()) == [path] and len(load_file(path)) == 1
 
 

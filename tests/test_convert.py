@@ -89,6 +89,16 @@ def sparse(folder):
     return [folder / "a.bin"]
 
 
+def no_weights(folder):
+    torch.save({"state_dict": None}, folder / "a.bin")
+    return [folder / "a.bin"]
+
+
+def no_text(folder):
+    torch.save({"a\ud800": torch.ones(1)}, folder / "a.bin")
+    return [folder / "a.bin"]
+
+
 def long_name(folder):
     torch.save(STATE, folder / "a.bin")
     return [folder / "a.bin", folder / ("x" * 300)]
@@ -115,6 +125,8 @@ def here(folder):
         (broken_link, "is there already"),
         (nan, "holds NaN or infinite numbers in a,"),
         (sparse, "holds a as a sparse"),
+        (no_weights, "holds no weights"),
+        (no_text, "cannot be written"),
         (long_name, "cannot be written"),
         (nothing, "cannot be read"),
         (here, "is a folder"),

@@ -27,6 +27,8 @@ def run(options: argparse.Namespace) -> None:
             checkpoints.check_numbers(state, source.name)
         else:
             state, metadata = checkpoints.read(source)
+        if not state:
+            fail(f"'{source}' holds no weights: choose another file.")
         checkpoints.write(state, out, metadata)
     except RidfrError as error:
         fail(str(error))
