@@ -195,7 +195,8 @@ def write(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[
 
 
 def unwritable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"'{path}' cannot be written ({brief(str(error), 300)}): check the folder and the free space.")
+    why = brief(str(error), 300)
+    return CheckpointError(f"'{path}' cannot be written ({why}): check the folder and the free space.")
 
 
 def flatten(nested: Mapping) -> dict[str, Tensor]:
