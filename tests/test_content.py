@@ -126,7 +126,7 @@ def test_files_are_understood(state, metadata, choices, spec):
         (FACEME, {}, "'x.pth' holds an ordinary ControlNet .* such as FaceMe's, set the value range here to -1..1"),
         (file(4), {}, "'x.pth' holds an ordinary ControlNet"),
         (RIDFR, {"ridfr.kind": "latent"}, "'x.pth' has 7 input channels, but its metadata says ridfr.kind = 'latent'"),
-        ({"vision_model.x": torch.zeros(1)}, {}, "'x.pth' holds nothing this pack knows, but this needs a content"),
+        ({"encoder.x": torch.zeros(1)}, {}, "'x.pth' holds nothing this pack knows, but this needs a content"),
         ({"zero_convs.0.0.weight": torch.zeros(1)}, {}, "'x.pth'"),
         (RIDFR, {"ridfr.kernel": "lanczos\n" * 10**6}, "ridfr.kernel = 'lanczos lanczos .*[.][.][.]', but"),
         (RIDFR, {"ridfr.kind": "latent\n" * 10**6}, "ridfr.kind = 'latent latent .*[.][.][.]': it was put"),
