@@ -1,6 +1,5 @@
 """`ridfr train content | align | naive | adapter`: from settings to a weight file that ComfyUI's nodes open."""
 
-import hashlib
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +14,19 @@ from ..content import PREFIX, ContentSpec, controlnet_to_ldm, understand
 from ..nano import WEIGHTS
 from .base import Base, load_base
 from .clip_vision import load_tower
-from .files import write_whole
+from .files import sha256_of, write_whole
 from .material import Material, gather, usable_photos
 from .networks import build_adapter, build_content, from_ldm, let_identity_in, merge_lora
-from .settings import AlignSettings, ContentSettings, IdentitySettings, Settings, TrainingError, as_yaml, changed
+from .settings import (
+    AlignSettings,
+    ContentSettings,
+    IdentitySettings,
+    Settings,
+    TrainingError,
+    as_yaml,
+    changed,
+    read_yaml,
+)
 from .stages import AdapterStage, AlignStage, ContentStage, Frozen
 from .trainer import Trainer, accelerator_for
 from .validation import Validation
@@ -38,6 +46,7 @@ def run(name: str, settings: Settings) -> Path:
     _check_sizes(settings, accelerator.num_processes)
     with accelerator.main_process_first():  # the others find everything in the cache
         photos = usable_photos(settings, accelerator.print)
+    _check_weights(settings)
     identity = {"stage": name, "photos": photos.digest, **_digests(settings)}
     _check_same_run(settings, identity)
     torch.manual_seed(settings.seed)  # of the weights of a new adapter
@@ -130,6 +139,9 @@ def export(stage: nn.Module, path: Path, history: dict[str, str]) -> None:
         tensors = controlnet_to_ldm(stage.content.state_dict())
         metadata = history | stage.frozen.spec.to_metadata()
     tensors = {key: tensor.detach().half().contiguous().cpu() for key, tensor in tensors.items()}
+    if wrong := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise TrainingError(f"'{path}' is not written, since {wrong[0]} has values that half precision cannot hold: "
+                            "the training has come apart; train again with a lower lr.")
     write_whole(path, lambda partial: save_file(tensors, partial, metadata))
 
 
@@ -148,15 +160,7 @@ def _history(settings: Settings, identity: dict[str, str], material: Material) -
 def _digests(settings: Settings) -> dict[str, str]:
     """SHA-256 of those weights that training starts from and that are files, by their settings' keys."""
     paths = {key: getattr(settings, key, None) for key in ("base", "content", "adapter", "clip_vision")}
-    return {f"{key}_sha256": _sha256(Path(path)) for key, path in paths.items() if path and Path(path).is_file()}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
+    return {f"{key}_sha256": sha256_of(Path(path)) for key, path in paths.items() if path and Path(path).is_file()}
 
 
 def _check_sizes(settings: Settings, processes: int) -> None:
@@ -169,11 +173,24 @@ def _check_sizes(settings: Settings, processes: int) -> None:
                             f"{settings.resolution}: leave out what is larger.")
 
 
+def _check_weights(settings: Settings) -> None:
+    """Raises TrainingError if weights are not there, before any are loaded."""
+    for key in ("base", "content", "adapter", "face_model", "clip_vision"):
+        where = getattr(settings, key, None)
+        shipped = where in (None, "nano") or (key == "face_model" and (WEIGHTS / "insightface/models" / where).is_dir())
+        if not shipped and not Path(where).exists():
+            raise TrainingError(f"'{key}' is '{where}', which does not exist: check the path.")
+
+
 def _check_same_run(settings: Settings, identity: dict[str, str]) -> None:
     """Raises TrainingError if `out` holds a run with other settings, weights or photos."""
     path = Path(settings.out) / "settings.yaml"
     if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            before = read_yaml(path)
+        except TrainingError as error:
+            raise TrainingError(f"What the run in '{settings.out}' began with is not known, since {error} Use another "
+                                "out, or remove this one.") from error
         different = [f"{key}: {before.get(key)} -> {now}" for key, now in identity.items() if before.get(key) != now]
         different += changed(settings, before)
         if different:
