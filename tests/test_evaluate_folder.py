@@ -124,7 +124,7 @@ def test_refused(data, tmp_path, arguments, message):
 def test_nothing_to_restore(tmp_path):
     with pytest.raises(EvaluationError, match=r"nothing to restore: it needs PERSON/lq/NAME.png and PERSON/ref/"):
         find_tasks(tmp_path, 1, EVERYWHERE)
-    with pytest.raises(EvaluationError, match=r"nowhere' is no folder: give the one that holds a folder for"):
+    with pytest.raises(EvaluationError, match=r"nowhere' is not a folder: give the one that holds a folder for"):
         find_tasks(tmp_path / "nowhere", 1, EVERYWHERE)
 
 

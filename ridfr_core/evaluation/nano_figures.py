@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..metrics import psnr, similarity
 from ..nano import WEIGHTS
+from ..training.files import write_whole
 from ..training.nano_diffusion import latents_of
 from .held_out import HeldOut, Method
 from .shipped import nano_adapter, nano_restorer, nano_tower
@@ -49,7 +50,8 @@ def write(work: Path) -> None:
     measured, pictures = measure(shipped, HeldOut(work, PEOPLE, 1, STEPS))
     figures = {"shipped": measured}
     print(json.dumps(figures, indent=1))
-    (WEIGHTS / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    text = json.dumps(figures, indent=1) + "\n"
+    write_whole(WEIGHTS / "figures.json", lambda partial: partial.write_text(text))
     order = ("lq", "blind", "ridfr", "truth", "reference", "wrong", "vae")
     rows = torch.stack([pictures[name][:12] for name in order], 1).flatten(0, 1)
     save_image(rows, work / "figures.png", nrow=len(order), padding=2)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -39,6 +40,11 @@ def write_whole(path: Path, write: Callable[[Path], object], errors=(OSError, Sa
     except errors as error:
         raise TrainingError(f"'{path}' cannot be written ({' '.join(str(error).split())}): is the disk full? What was "
                             "saved before is still there.") from error
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    """Raises TrainingError if it cannot be written."""
+    write_whole(path, lambda partial: image.save(partial, "PNG"))
 
 
 def append(path: Path, line: str) -> None:

@@ -115,7 +115,7 @@ def _known(index: Path) -> dict[str, dict]:
         known = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    whole = isinstance(known, dict) and all(isinstance(row, dict) and ROW <= row.keys() for row in known.values())
+    whole = isinstance(known, dict) and all(isinstance(row, dict) and row.keys() >= ROW for row in known.values())
     return known if whole else {}
 
 

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..nano.config import PORTRAIT
 from ..nano.portraits import SPLITS, captions, render
 from ..pictures import to_pil
-from .files import rows_of, write_rows, write_whole
+from .files import rows_of, write_png, write_rows
 
 CHUNK = 250
 VERSION = 2  # of how features are computed: raise it when reading, aligning or shrinking pictures changes
@@ -102,4 +101,4 @@ def export_portraits(folder: Path, people: int, views: int, size: int = PORTRAIT
         seeds = torch.full((views,), SPLITS["train"].start + person), torch.arange(views)
         place = folder / f"{person:04d}"
         for view, image in enumerate(render(*seeds, size=size).image):
-            write_whole(place / f"{view}.png", partial(to_pil(image).save, format="PNG"))
+            write_png(to_pil(image), place / f"{view}.png")

@@ -9,14 +9,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..adapter import IdentityAdapter, find_lora
-from ..checkpoints import expect, read
+from ..checkpoints import CheckpointError, check_tensors, expect, read
 from ..content import PREFIX, ContentSpec, controlnet_to_ldm, understand
 from ..nano import WEIGHTS
 from .base import Base, load_base
 from .clip_vision import load_tower
 from .files import sha256_of, write_whole
 from .material import Material, gather, usable_photos
-from .networks import build_adapter, build_content, from_ldm, let_identity_in, merge_lora
+from .networks import build_adapter, build_content, from_ldm, let_identity_in, merge_lora, widths
 from .settings import (
     AlignSettings,
     ContentSettings,
@@ -83,9 +83,11 @@ def build_stage(settings: Settings, base: Base, clip_dim: int | None, device: to
     elif isinstance(settings, AlignSettings):
         content, spec = load_content(settings.content, base)
         adapter, lora = load_adapter(settings.adapter)
+        check_adapter(adapter, base, clip_dim, settings.adapter)
         merge_lora(base.unet, lora, settings.lora)
     elif settings.adapter is not None:
         adapter, _ = load_adapter(settings.adapter)
+        check_adapter(adapter, base, clip_dim, settings.adapter)
     else:
         adapter = build_adapter(base.unet, dim=base.unet.config.cross_attention_dim, clip_dim=clip_dim)
     if not isinstance(settings, ContentSettings):
@@ -115,7 +117,8 @@ def load_content(where: str, base: Base) -> tuple[nn.Module, ContentSpec]:
     if spec.base != base.name:
         raise TrainingError(f"'{path.name}' is made for {spec.base}, but the base is {base.name}: use one made for it.")
     content = build_content(base.unet, LQ_CHANNELS[spec.kind])
-    content.load_state_dict(from_ldm(content, controlnet_to_ldm, state))
+    check_tensors(state, controlnet_to_ldm(content.state_dict()), "content-controlnet", path.name)
+    content.load_state_dict(from_ldm(content, controlnet_to_ldm, state, name=path.name))
     return content, spec
 
 
@@ -126,6 +129,17 @@ def load_adapter(where: str) -> tuple[IdentityAdapter, dict]:
     expect(state, "identity-adapter", path.name)
     adapter = IdentityAdapter.from_state_dict({k: v.float() for k, v in state.items()}, name=path.name)
     return adapter, find_lora(path, state)
+
+
+def check_adapter(adapter: IdentityAdapter, base: Base, clip_dim: int, name: str) -> None:
+    """Raises CheckpointError unless an adapter, from the file called `name`, fits the base and CLIP's features."""
+    if adapter.channels != widths(base.unet):
+        raise CheckpointError(f"The identity adapter '{name}' is made for another base than {base.name} (its layers "
+                              "have other widths): use the one that belongs to the base.")
+    if adapter.needs_clip and adapter.clip_dim != clip_dim:
+        raise CheckpointError(f"The identity adapter '{name}' reads CLIP features of width {adapter.clip_dim}, but the "
+                              f"CLIP vision model gives {clip_dim}: use the one that belongs to the adapter, CLIP "
+                              "ViT-H/14 for FaceID-Plus.")
 
 
 def export(stage: nn.Module, path: Path, history: dict[str, str]) -> None:

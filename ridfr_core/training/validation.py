@@ -13,7 +13,7 @@ from ..metrics import psnr, similarity, ssim
 from ..pictures import to_pil
 from ..recognition import embed
 from ..restorer import Restorer
-from .files import write_whole
+from .files import write_png
 from .material import Material
 from .settings import Settings
 from .stages import AlignStage, ContentStage, Frozen
@@ -85,6 +85,6 @@ class Validation:
         columns = {name: [to_pil(one) for one in column] for name, column in images.items()}
         sheet = contact_sheet(columns, {}, f"Step {step}")
         path = Path(self.settings.out) / "validation" / f"{step:07d}.png"
-        write_whole(path, lambda partial: sheet.save(partial, "PNG"))
+        write_png(sheet, path)
         for tracker in self.accelerator.trackers:
             tracker.log_images({"validation": numpy.asarray(sheet)[None]}, step, dataformats="NHWC")
