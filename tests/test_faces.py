@@ -115,3 +115,16 @@ def test_detector_finds_a_face_that_fills_the_frame(detector):
 
 def test_detector_finds_nothing_where_nothing_is(detector):
     assert detector.detect(torch.full((3, 128, 128), 0.5)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_geometry_is_float32_in_an_autocast_region_and_for_pictures_of_half_precision(dtype):
+    points, picture = landmarks(4), photo(200, 250).expand(4, -1, -1, -1)
+    matrix = similarity_transform(points, ARCFACE_TEMPLATE)
+    whole = warp(picture, matrix, 112)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(similarity_transform(points, ARCFACE_TEMPLATE), matrix)
+        torch.testing.assert_close(align(picture, points), whole, rtol=0, atol=1e-4)
+    half = warp(picture.to(dtype), matrix, 112)
+    assert half.dtype == dtype and (half.float() - whole).abs().max() < 0.01
+    assert similarity_transform(points.to(dtype), ARCFACE_TEMPLATE).dtype == torch.float32
