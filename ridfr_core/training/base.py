@@ -11,7 +11,7 @@ from ..checkpoints import CheckpointError, read
 from ..layouts import unet_to_ldm, vae_to_ldm
 from ..nano import WEIGHTS
 from ..nano.config import SCHEDULE
-from .clip_vision import first_line
+from .clip_vision import check_finite, check_layers, first_line
 from .networks import from_ldm
 
 HEADS = {8: "sd15", 4: "nano"}
@@ -87,14 +87,14 @@ def _load(kind, folder: Path, half: bool) -> nn.Module:
     """A network of diffusers or transformers in fp32. Raises CheckpointError where it cannot be read or lacks weights,
     of which these libraries would make random ones."""
     try:
+        check_layers(folder)
         network, said = kind.from_pretrained(folder, variant="fp16" if half else None, local_files_only=True,
                                              output_loading_info=True)
     except Exception as error:  # one for each thing that may be wrong
         raise _unreadable(folder, error) from error
     if missing := sorted(said["missing_keys"]):
         raise CheckpointError(f"'{folder}' has no {missing[0]}: use a whole diffusers folder of SD1.5.")
-    if wrong := [name for name, weight in network.named_parameters() if not torch.isfinite(weight).all()]:
-        raise CheckpointError(f"'{folder}' has NaN or infinite values in {wrong[0]}: download it again.")
+    check_finite(network, folder)
     return network.float()
 
 
