@@ -125,5 +125,5 @@ class Run:
                 self.optimizer.load_state_dict(state["optimizer"])
             self.ema |= state["ema"]
         except Exception as error:  # of almost every kind, by the place of the damage
-            raise TrainingError(f"'{self.path}' is no checkpoint of {self.name}, or a damaged one: remove it to train "
-                                f"{self.name} from the start.") from error
+            raise TrainingError(f"'{self.path}' is not a checkpoint of {self.name}, or a damaged one: remove it to "
+                                f"train {self.name} from the start.") from error
