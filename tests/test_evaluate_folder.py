@@ -251,6 +251,25 @@ def test_a_result_that_is_not_finite_is_refused(data, tmp_path, monkeypatch):
         main(["evaluate", "folder", str(data), "--out", str(tmp_path / "out"), "--steps", "1"])
 
 
+def test_a_judge_that_makes_nan_is_refused(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    restore_by_hand(data, out)
+    nan = torch.full((1, 512), math.nan)
+    monkeypatch.setattr("ridfr_core.evaluation.measure.embed", lambda recogniser, crops: nan)
+    with pytest.raises(SystemExit, match="The judge nano_judge makes NaN of '.*png': its recogniser is damaged"):
+        main(["evaluate", "folder", str(data), "--out", str(out), "--measure-only"])
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="their file names are Unicode")
+def test_names_need_not_be_unicode(data, tmp_path):
+    out, odd = tmp_path / "out", os.fsdecode(b"\xff.png")
+    (data / "0000" / "lq" / "0.png").rename(data / "0000" / "lq" / odd)
+    (data / "0001" / "ref" / odd).write_bytes(b"PNG?")
+    main(["evaluate", "folder", str(data), "--out", str(out), "--steps", "1"])
+    assert rows_of(out)[0]["image"] == "\\udcff"
+    assert "Left out: 0001/ref/\\udcff.png" in (out / "summary.md").read_text(encoding="utf-8")
+
+
 def test_a_restored_picture_that_cannot_be_read_is_named(data, tmp_path):
     out = tmp_path / "out"
     restore_by_hand(data, out)

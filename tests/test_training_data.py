@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -245,6 +246,23 @@ def test_features_of_other_code_are_stale(folder, tmp_path, tower, monkeypatch):
 
 def features_of(paths):
     return {path.name.partition("-")[0] for path in paths}
+
+
+def test_networks_that_make_nan_are_refused(folder, tmp_path, tower):
+    found, _ = find_photos(folder, 64, tmp_path / "cache")
+    model = face_model()
+    seen, landmarks = find_faces(found, model, tmp_path / "cache", quiet)
+    model.recogniser.weight.data[0, 0] = torch.nan
+    with pytest.raises(TrainingError, match="makes NaN of 'anna/0.png' or of a photo after it"):
+        compute_features(seen, landmarks, model, tower, (64,), tmp_path / "cache", "cpu", quiet)
+    assert not list((tmp_path / "cache").glob("clip-*"))
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="their file names are Unicode")
+def test_a_photos_name_need_not_be_unicode(folder, tmp_path):
+    picture(folder / os.fsdecode(b"\xff.png"))
+    found, skipped = find_photos(folder, 64, tmp_path / "cache")
+    assert len(found) == 7 and not skipped and len(found.digest) == 64
 
 
 def test_partial_files_of_killed_runs_are_removed(tmp_path):

@@ -338,6 +338,32 @@ def test_a_step_that_fp16_leaves_out_advances_neither_schedule_nor_average(slope
     assert torch.equal(one.average.weights["weight"], whole.average.weights["weight"])
 
 
+class Batch:
+    """Stands for a tensor that is moved to the device."""
+
+    def __init__(self):
+        self.moves = []
+
+    def to(self, device, **how):
+        self.moves.append(how)
+        return torch.ones(1)
+
+
+def test_a_batch_moves_without_blocking(slope):
+    one, batch = slope(), Batch()
+    one._step(iter([{"factor": batch}]))
+    assert batch.moves == [{"non_blocking": True}]
+
+
+@pytest.mark.parametrize("device, fused", [("cuda", True), ("cpu", False)])
+def test_the_optimiser_is_fused_on_cuda(tmp_path, monkeypatch, device, fused):
+    settings = read_settings("content", None, arguments("x", tmp_path))
+    asked = {}
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **how: asked.update(how))
+    Trainer(SimpleNamespace(device=torch.device(device), prepare=lambda one: one), Slope(), [], settings, None)
+    assert asked["fused"] is fused
+
+
 def test_the_rate_is_diffusers(tmp_path):
     for schedule, name in (("constant", "constant_with_warmup"), ("cosine", "cosine")):
         settings = read_settings("content", None, ["data=x", "base=nano", "out=y", f"schedule={schedule}", "steps=50",

@@ -23,6 +23,7 @@ from ..training.files import write_png, write_whole
 from .folder import EvaluationError, Task
 
 ROWS_OF_SHEET = 12
+ODD = "backslashreplace"  # file names need not be Unicode, text files must be
 # RIDFR's Table 1, then what FaceMe's tables have besides, then ours; with the better direction
 COLUMNS = {"LPIPS": "↓", "IDS-HQ": "↑", "MANIQA": "↑", "MUSIQ": "↑", "CLIP-IQA": "↑", "HyperIQA": "↑", "PI": "↓",
            "PSNR": "↑", "SSIM": "↑", "FID": "↓", "LMD": "↓", "IDS-REF": "↑", "I.V.": "↓"}
@@ -87,6 +88,9 @@ class Judge:
                 landmarks = faces[0].landmarks
                 crop = align(image[None].to(self.device), landmarks[None].to(self.device))
                 found = embed(self.face_model.recogniser, crop)[0].cpu(), landmarks / image.shape[-1]
+                if not torch.isfinite(found[0]).all():
+                    raise EvaluationError(f"The judge {self.face_model.name} makes NaN of '{path}': its recogniser is "
+                                          "damaged, get it again.")
             self.faces[path] = found
         return self.faces[path]
 
@@ -160,7 +164,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
         table.append([row.person, row.image, row.reference, row.seed, *numbers])
 
     def write(partial: Path) -> None:
-        with partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        with partial.open("w", newline="", encoding="utf-8", errors=ODD) as file:
             csv.writer(file).writerows(table)
 
     write_whole(path, write)

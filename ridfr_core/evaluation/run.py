@@ -5,7 +5,7 @@ from pathlib import Path
 from ..face_model import face_model_of
 from ..training.files import write_whole
 from .folder import EvaluationError, Task, find_tasks, load_pipeline, only_square, restore_all
-from .measure import Judge, Row, averages, check_judge, draw_sheet, intervals, summary, write_csv
+from .measure import ODD, Judge, Row, averages, check_judge, draw_sheet, intervals, summary, write_csv
 
 
 def evaluate_folder(data: Path, out: Path, references: int, face_model: str, judge: str, batch: int,
@@ -81,5 +81,5 @@ def write(measured: Judge, tasks: list[Task], rows: list[Row], degraded: list[Ro
     if spreads[method]:
         notes.append("In brackets: 95 % bootstrap intervals over people.")
     text = summary(results, notes, spreads)
-    write_whole(out / "summary.md", lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_whole(out / "summary.md", lambda partial: partial.write_text(text, encoding="utf-8", errors=ODD))
     return text

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -48,7 +49,7 @@ class Photos:
     def digest(self) -> str:
         """Tells this set of photos, at this resolution, from others."""
         listing = "\n".join((str(self.resolution), *(f"{n} {d}" for n, d in zip(self.names, self.digests))))
-        return hashlib.sha256(listing.encode()).hexdigest()
+        return hashlib.sha256(os.fsencode(listing)).hexdigest()
 
     @cached_property
     def people(self) -> dict[str, list[int]]:

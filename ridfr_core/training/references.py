@@ -92,7 +92,11 @@ def compute_features(
             images = torch.stack([photos.image(row) for row in rows.tolist()]).to(device)
             part = shrink(images, landmarks[rows].to(device), size)
             embeddings.append(embed(recogniser, align(*part)))
-            yield clip_vision.features(tower, *part).half()
+            clip = clip_vision.features(tower, *part).half()
+            if not (torch.isfinite(embeddings[-1]).all() and torch.isfinite(clip).all()):
+                raise TrainingError(f"The recogniser or the CLIP vision model makes NaN of '{photos.names[rows[0]]}' "
+                                    "or of a photo after it: its file is damaged, get it again.")
+            yield clip
 
     for size in sizes:
         paths = [features.path(name, size) for name in ("clip", "embeddings")]
