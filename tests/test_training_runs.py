@@ -309,33 +309,58 @@ class Slope(nn.Module):
 @pytest.fixture
 def slope(tmp_path):
     """A trainer of Slope, where the draws of the steps 1 and 2 of 6 have an infinite gradient."""
-    def trainer(*more, factors=(1, torch.inf, torch.inf, 1, 1, 1), out="slope"):
+    def trainer(*more, factors=(1, torch.inf, torch.inf, 1, 1, 1), out="slope", scaled=False):
         settings = read_settings("content", None, [*arguments("x", tmp_path / out), "batch=1", "lr=0.1", "warmup=2",
                                                    "ema=0.5", f"steps={len(factors)}", *more])
         (tmp_path / out).mkdir(exist_ok=True)
         draws = [{"factor": torch.tensor(float(factor))} for factor in factors]
         accelerator = accelerator_for(replace(settings, precision="fp32"))
+        if scaled:
+            accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
         return Trainer(accelerator, Slope(), draws, settings, None)
     return trainer
 
 
 def test_a_step_that_fp16_leaves_out_advances_neither_schedule_nor_average(slope, monkeypatch, tmp_path):
-    """The scaler leaves such a step out; here it is stood for by zero gradients, which move nothing but the clock."""
+    """With a gradient scaler, as on a GPU; the run goes on from a checkpoint between the two steps left out."""
     monkeypatch.setattr(Trainer, "_stop_if_not_finite", lambda self, found: None)
     monkeypatch.setattr(trainer, "LOG_EVERY", 1)
-    one = slope("precision=fp16")
-    step = one.optimizer.step
-    one.optimizer.step = lambda: step() if one.parameters["weight"].grad.isfinite().all() else None
+    monkeypatch.setattr("accelerate.Accelerator.mixed_precision", "fp16")
+    first = slope("precision=fp16", "save_every=1", "keep=9", scaled=True)
+    first.train()
+    shutil.rmtree(tmp_path / "slope" / "checkpoints" / "0000006")
+    for number in (3, 4, 5):
+        shutil.rmtree(tmp_path / "slope" / "checkpoints" / f"000000{number}")
+    (tmp_path / "slope" / "log.jsonl").unlink()
+    one = slope("precision=fp16", scaled=True)
     one.train()
-    assert one.step == 6 and one.taken == 4
+    assert (one.step, one.taken) == (first.step, first.taken) == (6, 4)
+    assert one.accelerator.scaler.state_dict() == first.accelerator.scaler.state_dict()
+    assert one.accelerator.scaler.get_scale() == 2**16 / 4  # halved twice
     lines = (tmp_path / "slope" / "log.jsonl").read_text().splitlines()
     log = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in lines]
-    assert [row["lr"] for row in log] == pytest.approx([0, 0.05, 0.05, 0.05, 0.1, 0.1])
-    assert [row["gradient"] for row in log[1:3]] == [None, None] and log[1]["loss"] is None
-    whole = slope(factors=(1, 1, 1, 1), out="whole")
+    assert [row["lr"] for row in log] == pytest.approx([0.05, 0.05, 0.1, 0.1])
+    assert log[0]["gradient"] is None and log[0]["loss"] is None and log[1]["gradient"] > 0
+    whole = slope("precision=fp16", factors=(1, 1, 1, 1), out="whole", scaled=True)
     whole.train()
-    assert torch.equal(one.parameters["weight"], whole.parameters["weight"])
-    assert torch.equal(one.average.weights["weight"], whole.average.weights["weight"])
+    for again in (first, one):
+        assert torch.equal(again.parameters["weight"], whole.parameters["weight"])
+        assert torch.equal(again.average.weights["weight"], whole.average.weights["weight"])
+
+
+class Gone(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, n):
+        raise TrainingError("The photos are gone: is the folder still there?")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_while_drawing_is_a_sentence(workers):
+    with pytest.raises(TrainingError) as stopped:
+        trainer.drawn(iter(torch.utils.data.DataLoader(Gone(), num_workers=workers)))
+    assert str(stopped.value) == "The photos are gone: is the folder still there?"
 
 
 class Batch:

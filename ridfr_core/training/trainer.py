@@ -59,6 +59,14 @@ def rate(settings: Settings, taken: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
+def drawn(batches) -> dict[str, Tensor]:
+    """The next batch. A process that draws would put its traceback into the message of its TrainingError."""
+    try:
+        return next(batches)
+    except TrainingError as error:
+        raise TrainingError(str(error).rpartition("TrainingError: ")[2].strip()) from error
+
+
 class Average:
     """Averaged weights of parameters, with a decay that grows from 0.1 to `decay`."""
 
@@ -130,7 +138,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(settings.accumulate):
-            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(batches).items()}
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in drawn(batches).items()}
             with accelerator.accumulate(self.stage):
                 losses = self.stage(batch)
                 accelerator.backward(losses["loss"])
