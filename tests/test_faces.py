@@ -56,19 +56,6 @@ def test_warp_has_opencvs_pixel_convention_and_zero_border():
     np.testing.assert_allclose(warp(image, matrix, 64)[0].permute(1, 2, 0), theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_geometry_is_float32_in_an_autocast_region_and_for_pictures_of_half_precision(dtype):
-    points, picture = landmarks(4), photo(200, 250).expand(4, -1, -1, -1)
-    matrix = similarity_transform(points, ARCFACE_TEMPLATE)
-    whole = warp(picture, matrix, 112)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(similarity_transform(points, ARCFACE_TEMPLATE), matrix)
-        torch.testing.assert_close(align(picture, points), whole, rtol=0, atol=1e-4)
-    half = warp(picture.to(dtype), matrix, 112)
-    assert half.dtype == dtype and (half.float() - whole).abs().max() < 0.01
-    assert similarity_transform(points.to(dtype), ARCFACE_TEMPLATE).dtype == torch.float32
-
-
 def test_align_is_differentiable():
     image, points = photo(200, 248).requires_grad_(), landmarks(1).requires_grad_()
     align(image, points).square().mean().backward()
