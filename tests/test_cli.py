@@ -19,7 +19,7 @@ from ridfr_core.errors import RidfrError
     ("accelerate", ["evaluate", "folder", "x", "--out", "WORK"]),
     ("transformers", ["evaluate", "folder", "x", "--out", "WORK"]),
     ("matplotlib", ["evaluate", "nano", "--report", "--work", "WORK"]),
-    ("torchvision", ["evaluate", "nano", "--work", "WORK"]),
+    ("diffusers", ["evaluate", "nano", "--work", "WORK"]),
     ("diffusers", ["evaluate", "guidance", "--work", "WORK"]),
 ])
 def test_a_missing_package_is_named_before_there_is_any_work(monkeypatch, tmp_path, package, arguments):

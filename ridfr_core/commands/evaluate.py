@@ -121,7 +121,6 @@ def run(options: argparse.Namespace) -> None:
         return run_guidance(options)
     if options.report:
         return run_report(options)
-    need("torchvision")
     from ..evaluation import nano_figures
 
     nano_figures.write(options.work)
