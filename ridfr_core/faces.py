@@ -33,7 +33,9 @@ def similarity_transform(src: Tensor, dst: Tensor) -> Tensor:
 
     src: [B,N,2]; dst: [N,2] or [B,N,2]. Returns [B,2,3], M with dst ~ M[:, :2] src + M[:, 2]. In the plane the
     solution has a closed form: with both sets centred and read as complex numbers, factor = sum(conj(p) q) / sum|p|^2.
+    In float32 at least, in an autocast region too, since there is no matrix product.
     """
+    src = _at_least_float32(src)
     dst = dst.to(src).expand_as(src)
     src_mean, dst_mean = src.mean(1), dst.mean(1)
     p, q = src - src_mean[:, None], dst - dst_mean[:, None]
@@ -41,8 +43,13 @@ def similarity_transform(src: Tensor, dst: Tensor) -> Tensor:
     real = (p * q).sum((1, 2)) / norm
     imag = (p[..., 0] * q[..., 1] - p[..., 1] * q[..., 0]).sum(1) / norm
     linear = torch.stack([torch.stack([real, -imag], -1), torch.stack([imag, real], -1)], 1)
-    shift = dst_mean[..., None] - linear @ src_mean[..., None]
-    return torch.cat([linear, shift], -1)
+    shift = dst_mean - (linear * src_mean[:, None]).sum(-1)
+    return torch.cat([linear, shift[..., None]], -1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """bfloat16 tells pixels of 512 apart only by fours."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def warp(images: Tensor, matrix: Tensor, size: int) -> Tensor:
@@ -51,19 +58,21 @@ def warp(images: Tensor, matrix: Tensor, size: int) -> Tensor:
     Bilinear, zero outside, the pixel convention of `cv2.warpAffine`; differentiable in both arguments.
     Returns [B,C,size,size].
     """
-    grid = warp_grid(matrix, images.shape[-2:], size).to(images.dtype)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    grid = warp_grid(matrix, images.shape[-2:], size)
+    dtype = torch.promote_types(images.dtype, grid.dtype)
+    warped = F.grid_sample(images.to(dtype), grid.to(dtype), mode="bilinear", padding_mode="zeros", align_corners=False)
+    return warped.to(images.dtype)
 
 
 def warp_grid(matrix: Tensor, image_size: tuple[int, int], size: int) -> Tensor:
-    """`F.grid_sample`'s grid [B,size,size,2] of `warp`, for images of (height, width)."""
-    linear, shift = matrix[..., :2], matrix[..., 2:]
-    axis = torch.arange(size, device=matrix.device, dtype=matrix.dtype)
+    """`F.grid_sample`'s grid [B,size,size,2] of `warp`, for images of (height, width); in float32 at least."""
+    (a, b, right), (c, d, down) = (row.unbind(-1) for row in _at_least_float32(matrix)[..., None, None, :].unbind(1))
+    axis = torch.arange(size, device=a.device, dtype=a.dtype)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    target = torch.stack([x, y]).view(1, 2, -1)
-    source = torch.linalg.inv(linear) @ (target - shift)
-    extent = torch.tensor(image_size[::-1], device=matrix.device, dtype=matrix.dtype)
-    return ((2 * source.transpose(1, 2) + 1) / extent - 1).view(-1, size, size, 2)
+    x, y, determinant = x - right, y - down, a * d - b * c
+    source = torch.stack([d * x - b * y, a * y - c * x], -1) / determinant[..., None]
+    extent = torch.tensor(image_size[::-1], device=a.device, dtype=a.dtype)
+    return (2 * source + 1) / extent - 1
 
 
 def align(images: Tensor, landmarks: Tensor, size: int = 112) -> Tensor:

@@ -85,8 +85,10 @@ def _result_line(face: Seen, references: Sequence[Seen]) -> str:
     by_person: dict[int, list[float]] = {}
     for other, value in zip(references, row):
         by_person.setdefault(other.person, []).append(value)
-    own = by_person.pop(face.person)
-    line = f"{face.name}: {sum(own) / len(own):.2f} like person {face.person} ({min(own):.2f} to {max(own):.2f})"
+    own = by_person.pop(face.person, [])
+    line = f"{face.name}: there is no photo of person {face.person}"
+    if own:
+        line = f"{face.name}: {sum(own) / len(own):.2f} like person {face.person} ({min(own):.2f} to {max(own):.2f})"
     if not by_person:
         return line
     means = {person: sum(values) / len(values) for person, values in by_person.items()}

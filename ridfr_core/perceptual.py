@@ -36,12 +36,20 @@ def load(name: str, device: torch.device | str = "cpu") -> nn.Module:
     if importlib.util.find_spec("pyiqa") is None:
         raise MetricAbsent("pyiqa is not installed: `pip install -e '.[evaluate]'` in the pack's folder")
     name = METRICS[name]
-    if missing := missing_weights(name):
+    try:
+        import pyiqa
+
+        missing = missing_weights(name)
+    except ImportError as error:
+        raise MetricAbsent(f"pyiqa cannot be imported ({error}): `pip install -e '.[evaluate]'` in the pack's folder"
+                           ) from error
+    if missing:
         raise MetricAbsent(f"its weights are not on this disk ({', '.join(missing)}): run `pyiqa {name} --target IMAGE`"
                            " once where it may download them")
-    import pyiqa
-
-    return pyiqa.create_metric(name, device=device)
+    try:
+        return pyiqa.create_metric(name, device=device)
+    except Exception as error:  # pyiqa checks nothing of a weight file
+        raise MetricAbsent(f"its weights cannot be loaded ({error}): remove them and get them again") from error
 
 
 def missing_weights(name: str) -> list[str]:

@@ -29,6 +29,13 @@ def test_words():
     ]
 
 
+def test_a_person_without_references_is_named():
+    assert report_text([face("result 1", 3, 1.0, 0.0)], REFERENCES).splitlines()[0] == (
+        "result 1: there is no photo of person 3, 0.90 like person 1, the next")
+    assert report_text([face("result 1", 1, 1.0, 0.0)], []) == "result 1: there is no photo of person 1"
+    assert report_sheet([face("result 1", 3, 1.0, 0.0)], REFERENCES).width > 0
+
+
 def test_picture():
     """A column for each reference, and a row for each face, in colours that tell the numbers."""
     alone, table = report_sheet([], REFERENCES), report_sheet(RESULTS, REFERENCES)

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
+from functools import partial
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,7 @@ from torch import nn
 from ridfr_core.faces import align
 from ridfr_core.nano import WEIGHTS
 from ridfr_core.recognition import embed, load_iresnet
-from ridfr_core.training import nano_diffusion, nano_vae
+from ridfr_core.training import nano_diffusion, nano_vae, portrait_data
 from ridfr_core.training.loop import Recipe, Run
 from ridfr_core.training.portrait_data import portrait_set
 from ridfr_core.training.recogniser import export_onnx
@@ -60,6 +63,55 @@ def test_a_loss_or_a_gradient_that_is_no_number_stops_the_run(tmp_path, loss, va
     with pytest.raises(TrainingError, match=f"broken: the loss is {value} and the gradient nan at step 0, with the "
                                             "learning rate 0.00333333; the last good checkpoint is none"):
         run.train(lambda step, generator: loss(net.weight))
+
+
+class Code:
+    def __init__(self, sign):
+        self.sign = sign
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.sign),)
+
+
+@pytest.mark.parametrize("damage", ["empty", "words", "code", "other"])
+def test_a_damaged_checkpoint_is_named_and_code_in_it_never_runs(tmp_path, damage):
+    fit(tmp_path, Recipe(steps=2, batch=8, lr=0.01, warmup=1))
+    path, sign = tmp_path / "fit.pt", tmp_path / "code-ran"
+    if damage in ("code", "other"):
+        torch.save({"step": Code(sign)} if damage == "code" else {"step": 2}, path)
+    else:
+        path.write_bytes(b"" if damage == "empty" else b"no checkpoint")
+    with pytest.raises(TrainingError, match="fit.pt' is not a checkpoint of fit, or a damaged one: remove it"):
+        fit(tmp_path)
+    assert not sign.exists()
+
+
+def only_read(open_memmap, *where, mode="r+", **how):
+    assert mode == "r", "a full disk kills who writes into a mapped file"
+    return open_memmap(*where, mode=mode, **how)
+
+
+def test_portraits_and_their_features_are_written_whole(tmp_path, monkeypatch):
+    """A damaged file is made again; features of other code are not taken."""
+    monkeypatch.setattr(numpy.lib.format, "open_memmap", partial(only_read, numpy.lib.format.open_memmap))
+    portraits = portrait_set(tmp_path, "val", 2, 2)
+    images, net = numpy.array(portraits.images), nn.Linear(1, 1)
+    assert images.shape == (4, 3, 128, 128) and images.dtype == numpy.uint8
+    for name in ("images", "landmarks"):
+        (portraits.folder / f"{name}.npy").write_bytes(b"")
+        again = portrait_set(tmp_path, "val", 2, 2)
+        assert numpy.array_equal(again.images, images) and torch.equal(again.landmarks, portraits.landmarks)
+    seen = []
+
+    def compute(pictures, landmarks):
+        seen.append(len(pictures))
+        return pictures.mean((2, 3))
+
+    first = again.feature("mean", net, compute)
+    assert torch.equal(again.feature("mean", net, compute), first) and seen == [4] and first.dtype == torch.float16
+    monkeypatch.setattr(portrait_data, "VERSION", -1)
+    again.feature("mean", net, compute)
+    assert seen == [4, 4]
 
 
 def test_the_rate_rises_stays_and_falls():

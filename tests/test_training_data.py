@@ -1,7 +1,11 @@
 """Training's photos, references and draws."""
 
 import os
+import pickle
 import shutil
+import signal
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy
@@ -12,8 +16,11 @@ from torch import nn
 
 from ridfr_core.degradation import DegradationRange
 from ridfr_core.faces import ARCFACE_TEMPLATE
+from ridfr_core.randomness import seed_of
 from ridfr_core.training import clip_vision, material, photos, references
 from ridfr_core.training.draws import Draws, draws_of_process
+from ridfr_core.training.files import write_whole
+from ridfr_core.training.loop import Recipe
 from ridfr_core.training.photos import Photos, find_photos, split_people
 from ridfr_core.training.references import Features, References, compute_features, find_faces, other_photos, strangers
 from ridfr_core.training.settings import TrainingError
@@ -154,6 +161,119 @@ def test_features_are_computed_once_for_a_recogniser(folder, tmp_path, tower):
         assert compute(other).path("clip", 64) != features.path("clip", 64) and other.recogniser.calls == 2
 
 
+def test_a_full_disk_while_features_are_written_is_a_sentence(folder, tmp_path, tower, monkeypatch):
+    """Writing beyond a limit fails as on a full disk; in a memory-mapped file it would kill the process."""
+    resource, cache = pytest.importorskip("resource"), tmp_path / "cache"
+    found, _ = find_photos(folder, 64, cache)
+    seen, landmarks = find_faces(found, face_model(), cache, quiet)
+    fresh = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, fresh[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"clip-.*-64.npy' cannot be written .*: is the disk full\?"):
+            compute_features(seen, landmarks, face_model(), tower, (64,), cache, "cpu", quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, fresh)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name.partition("-")[0] for path in cache.iterdir()} == {"photos", "faces"}  # no part of a file
+    monkeypatch.setattr(numpy.lib.format, "open_memmap", lambda *_, **__: pytest.fail("a sparse file is mapped"))
+    compute_features(seen, landmarks, face_model(), tower, (64,), cache, "cpu", quiet)
+
+
+def test_two_runs_that_share_a_cache_do_not_spoil_each_others_features(folder, tmp_path, tower):
+    """The second begins, and ends, while the first is at its second batch."""
+    cache = tmp_path / "cache"
+    found, _ = find_photos(folder, 64, cache)
+    seen, landmarks = find_faces(found, face_model(), cache, quiet)
+
+    def compute(progress, sizes=(64, 32)):
+        return compute_features(seen, landmarks, face_model(), tower, sizes, cache, "cpu", progress)
+
+    def interrupted(batches, **_):
+        for number, batch in enumerate(batches):
+            if number == 1:
+                compute(quiet)
+            yield batch
+
+    references_batch = references.BATCH
+    try:
+        references.BATCH = 2
+        features = compute(interrupted)
+    finally:
+        references.BATCH = references_batch
+    alone = compute_features(seen, landmarks, face_model(), tower, (64, 32), tmp_path / "alone", "cpu", quiet)
+    for size in (64, 32):
+        torch.testing.assert_close(features.embeddings(size), alone.embeddings(size))
+        for row in range(len(seen)):
+            assert features.clip(row, size).any()
+            torch.testing.assert_close(features.clip(row, size), alone.clip(row, size), rtol=1e-2, atol=1e-2)
+    assert not list(cache.glob("*.partial"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"no array", pickle.dumps({"a": 1})])
+def test_damaged_features_are_computed_again(folder, tmp_path, tower, damage):
+    cache, model = tmp_path / "cache", face_model()
+    found, _ = find_photos(folder, 64, cache)
+    find_faces(found, model, cache, quiet)
+    (faces,) = cache.glob("faces-*.npy")
+    faces.write_bytes(damage)
+    seen, landmarks = find_faces(found, model, cache, quiet)
+    features = compute_features(seen, landmarks, model, tower, (64,), cache, "cpu", quiet)
+    whole = features.clip(3, 64).clone()
+    for name in ("clip", "embeddings"):
+        features.path(name, 64).write_bytes(damage)
+        again = compute_features(seen, landmarks, model, tower, (64,), cache, "cpu", quiet)
+        torch.testing.assert_close(again.clip(3, 64), whole)
+        assert again.embeddings(64).shape == (len(seen), 512)
+    (index,) = cache.glob("photos-*.json")
+    index.write_bytes(b"[" * 10_000)
+    assert find_photos(folder, 64, cache)[0].digest == found.digest
+
+
+def test_features_of_other_code_are_stale(folder, tmp_path, tower, monkeypatch):
+    cache, model = tmp_path / "cache", face_model()
+    found, _ = find_photos(folder, 64, cache)
+
+    def paths():
+        seen, landmarks = find_faces(found, model, cache, quiet)
+        features = compute_features(seen, landmarks, model, tower, (64,), cache, "cpu", quiet)
+        return {features.path("clip", 64), *cache.glob("faces-*")}
+
+    before = paths()
+    monkeypatch.setattr(references, "VERSION", -1)
+    assert features_of(paths() - before) == {"clip", "faces"}
+
+
+def features_of(paths):
+    return {path.name.partition("-")[0] for path in paths}
+
+
+def test_networks_that_make_nan_are_refused(folder, tmp_path, tower):
+    found, _ = find_photos(folder, 64, tmp_path / "cache")
+    model = face_model()
+    seen, landmarks = find_faces(found, model, tmp_path / "cache", quiet)
+    model.recogniser.weight.data[0, 0] = torch.nan
+    with pytest.raises(TrainingError, match="makes NaN of 'anna/0.png' or of a photo after it"):
+        compute_features(seen, landmarks, model, tower, (64,), tmp_path / "cache", "cpu", quiet)
+    assert not list((tmp_path / "cache").glob("clip-*"))
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="their file names are Unicode")
+def test_a_photos_name_need_not_be_unicode(folder, tmp_path):
+    picture(folder / os.fsdecode(b"\xff.png"))
+    found, skipped = find_photos(folder, 64, tmp_path / "cache")
+    assert len(found) == 7 and not skipped and len(found.digest) == 64
+
+
+def test_partial_files_of_killed_runs_are_removed(tmp_path):
+    old, young = tmp_path / "a.1234.partial", tmp_path / "b.1234.partial"
+    for path, age in ((old, 7200), (young, 60)):
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - age,) * 2)
+    write_whole(tmp_path / "c", lambda partial: partial.write_text("c"))
+    assert {path.name for path in tmp_path.iterdir()} == {young.name, "c"}
+
+
 def test_landmarks_follow_the_shrunk_photo():
     """A bright spot at (41, 25) of 64 lies, centre on centre, at (20.25, 12.25) of 32."""
     image = torch.full((1, 3, 64, 64), 0.5)
@@ -251,6 +371,18 @@ def test_a_photo_that_goes_bad_in_mid_run_is_named_and_the_next_takes_its_place(
     shutil.rmtree(folder)
     with pytest.warns(UserWarning), pytest.raises(TrainingError, match="is the folder still there"):
         one[4]
+
+
+def test_seeds_and_numbers_do_not_meet(folder, tmp_path):
+    """Draw 1,000,003 of seed 0 would be draw 0 of seed 1 if they were added up."""
+    later, other = draws(folder, tmp_path, seed=0)[1_000_003], draws(folder, tmp_path, seed=1)[0]
+    assert not torch.equal(later["noise"], other["noise"])
+    starts = {seed_of(*purpose) for seed in range(3) for n in range(100)
+              for purpose in (("draw", seed, n), ("order", seed, n))}
+    assert len(starts) == 600 and all(0 <= start < 2**63 for start in starts)
+    assert draws(folder, tmp_path, seed=2**63 - 1)[2**40]["noise"].isfinite().all()
+    first, second = (Recipe(steps=1, batch=1, lr=1, seed=seed).generator(n) for seed, n in ((0, 1_000_003), (1, 0)))
+    assert first.initial_seed() != second.initial_seed()
 
 
 def test_each_epoch_has_every_photo_once_in_another_order(folder, tmp_path):

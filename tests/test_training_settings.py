@@ -1,5 +1,6 @@
 """The settings of a training run."""
 
+import os
 from dataclasses import fields
 
 import pytest
@@ -65,12 +66,81 @@ def test_a_file_overrides_the_recipe_and_the_command_line_the_file(tmp_path):
         ("save_every=0", "'save_every' is 0, but must be at least 1"),
         ("lr=-1e-4", "'lr' is -0.0001, but must be at least 0"),
         ("data=", "'data' is not set"),
+        ("steps", "'steps' is not a setting: write it as key=value"),
+        ("lr=.nan", "'lr' is nan, but must be a finite number"),
+        ("lr=1e400", "'lr' is inf, but must be a finite number"),
+        ("clip=.inf", "'clip' is inf, but must be a finite number"),
+        ("ema=2", "'ema' is 2, but must be at most 0.999999"),
+        ("ema=.nan", "'ema' is nan, but must be a finite number"),
+        ("degradation.noise=[.nan, .nan]", "'noise' is nan, but must be a finite number"),
+        ("degradation.ratio=[16, 1]", r"'ratio' is \[16, 1\], but must go from a smaller number to a larger one"),
+        ("degradation.ratio=[0.5, 1]", "'ratio' is 0.5, but must be at least 1"),
+        ("degradation.quality=[0, 300]", "'quality' is 0, but must be at least 1"),
+        ("degradation.quality=[30, 300]", "'quality' is 300, but must be at most 100"),
+        ("degradation.sigma=[-1, 2]", "'sigma' is -1, but must be at least 0"),
+        ("resolution=130", "'resolution' is 130, but must be a multiple of 8"),
+        ("resolution=1000000000", "'resolution' is 1000000000, but must be at most 4096"),
+        ("steps=99999999999999999999999", "'steps' is 9+, but must be at most"),
+        ("seed=-1", "'seed' is -1, but must be at least 0"),
+        ("steps=12:30", "'steps' is '12:30', but must be a whole number"),
+        ("steps=010", "'steps' is '010', but must be a whole number"),
+        ("steps=!!int x", "'steps=!!int x' is not valid YAML"),
+        ("gradient_checkpointing=yes", "'gradient_checkpointing' is 'yes', but must be true or false"),
+        ("data=a\0b", "'data' is .* but no path has a zero byte"),
+        ("data=a\udcff", "'data' is .* which has characters that are not Unicode"),
         ("steps=[", r"'steps=\[' is not valid YAML"),
     ],
 )
 def test_a_wrong_setting_is_named(override, message):
     with pytest.raises(TrainingError, match=message):
         read_settings("content", None, [*NEEDED, override])
+
+
+@pytest.mark.parametrize("text", ["/mnt/photos #1", "2024-01-01", "a: b", "1e5", "on", "[a", "'a'", "x=y", "*a", "12"])
+def test_a_path_on_the_command_line_is_taken_as_it_stands(text):
+    assert read_settings("content", None, [*NEEDED, f"out={text}"]).out == text
+
+
+def test_the_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert read_settings("content", None, [*NEEDED, "out=~/runs"]).out == os.path.join(tmp_path, "runs")
+
+
+def test_a_path_in_a_file_may_look_like_a_date(tmp_path):
+    (tmp_path / "mine.yaml").write_text("out: 2024-01-01\ndata: on\nlr: 1e-3\n")
+    settings = read_settings("content", tmp_path / "mine.yaml", ["base=x"])
+    assert (settings.out, settings.data, settings.lr) == ("2024-01-01", "on", 1e-3)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi")), "references"),
+    ("data: " + "[" * 5000, "nested too deeply"),
+    ("data: " + "{a: " * 50 + "}" * 50, "nested too deeply"),
+    ("lr: 1\nlr: 2", "a key is given twice"),
+    ("- lr", "must consist of lines 'key: value'"),
+    ("cache: 7", r"'cache' is 7, but must be text \(in a file, put it in quotes\)"),
+    ("#" * 2**21, "has more than 1,048,576 bytes"),
+    ("data: a: b", "is not valid YAML"),
+    ("data: !!python/object/apply:os.system [true]", "is not valid YAML"),
+    ("? [a]\n: b", "is not valid YAML"),
+    ("1: 2", "has the unknown key '1'"),
+    (b"data: \xff", "is not UTF-8 text"),
+    (b"data: \0", "is not valid YAML"),
+])
+def test_a_file_that_is_wrong_is_named(tmp_path, text, message):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(TrainingError, match=message) as refused:
+        read_settings("content", file, NEEDED)
+    assert "mine.yaml" in str(refused.value) or "'cache'" in str(refused.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are Unix's")
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(TrainingError, match="pipe.yaml' is not a file"):
+        read_settings("content", tmp_path / "pipe.yaml", NEEDED)
 
 
 def test_what_must_be_given_is_asked_for():

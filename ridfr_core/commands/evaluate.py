@@ -1,26 +1,17 @@
 """Measure networks."""
 
 import argparse
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from pathlib import Path
+
+from . import at_least, need
 
 TABLES = ("1", "4", "lambda", "2", "3")  # in the order of their worth
 
 
-def at_least(low: float, kind: type = int) -> Callable[[str], float]:
-    """An argument's type: a number that is not below `low`."""
-
-    def parse(text: str) -> float:
-        if not (value := kind(text)) >= low:
-            raise argparse.ArgumentTypeError(f"{text} is too little: at least {low:g}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
 def describe(parser: argparse.ArgumentParser) -> None:
-    subjects = parser.add_subparsers(dest="subject", required=True)
+    subjects = parser.add_subparsers(dest="part", required=True)
     describe_folder(subjects.add_parser(
         "folder", help="a method, on a data set of faces in folders",
         description="Restores DATA/PERSON/lq/NAME.png with the photos in DATA/PERSON/ref, compares with "
@@ -28,7 +19,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
                     "processes: accelerate launch -m ridfr_core.cli evaluate folder ..."))
     portraits = subjects.add_parser("portraits", help="drawn portraits as such a data set, to try it on")
     portraits.add_argument("data", type=Path, help="gets a folder per person")
-    portraits.add_argument("--people", type=at_least(1), default=8, help="default: 8")
+    portraits.add_argument("--people", type=at_least(1, most=10_000), default=8, help="default: 8")
     portraits.add_argument("--references", type=at_least(1), default=3, help="photos of each person (default: 3)")
     describe_nano(subjects.add_parser(
         "nano", help="the embedded models, on people they never saw",
@@ -50,8 +41,10 @@ def describe_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--references", type=at_least(0), default=1,
                         help="restore each face once with each of the person's first photos, as many as this; "
                              "several give the identity variance, 0 restores blindly (default: 1)")
-    parser.add_argument("--guidance", type=float, default=1.0, help="on the identity (default: 1)")
-    parser.add_argument("--steps", type=at_least(1), default=20, help="sampling steps (default: 20)")
+    parser.add_argument("--seeds", type=at_least(1), default=1,
+                        help="restore each face with each reference as often, from other noise (default: 1)")
+    parser.add_argument("--guidance", type=at_least(-math.inf, float), default=1.0, help="on the identity (default: 1)")
+    parser.add_argument("--steps", type=at_least(1, most=1000), default=20, help="sampling steps (default: 20)")
     parser.add_argument("--id-preserving", type=at_least(0, float), default=0.0, metavar="STEP",
                         help="ID-preserving sampling with this step size, relative to the noise, such as 0.1 "
                              "(default: 0, without)")
@@ -64,68 +57,67 @@ def describe_folder(parser: argparse.ArgumentParser) -> None:
 
 def describe_nano(nano: argparse.ArgumentParser) -> None:
     nano.add_argument("--work", type=Path, required=True, help="folder for portraits and checkpoints")
-    nano.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
+    nano.add_argument("--threads", type=at_least(1), default=2, help="processor threads (default: 2)")
     nano.add_argument("--report", action="store_true", help="the paper's tables instead of the figures")
     report = nano.add_argument_group("with --report")
     report.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, metavar="TABLE",
                         help=f"only these of {', '.join(TABLES)}")
-    report.add_argument("--people", type=int, default=100, help="default: 100")
-    report.add_argument("--references", type=int, default=8, help="photos of each person (default: 8)")
-    report.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20, as in the paper)")
-    report.add_argument("--seeds", type=int, default=3, help="of each trained arm (default: 3)")
-    report.add_argument("--guidance", type=float, nargs="+", default=(1.0, 2.5),
+    report.add_argument("--people", type=at_least(1, most=10_000), default=100, help="default: 100")
+    report.add_argument("--references", type=at_least(1), default=8, help="photos of each person (default: 8)")
+    report.add_argument("--steps", type=at_least(1, most=1000), default=20,
+                        help="sampling steps (default: 20, as in the paper)")
+    report.add_argument("--seeds", type=at_least(1), default=3, help="of each trained arm (default: 3)")
+    report.add_argument("--guidance", type=at_least(-math.inf, float), nargs="+", default=(1.0, 2.5),
                         help="on the identity (default: 1 2.5)")
-    report.add_argument("--content-steps", type=int, help="of each arm's content stage (default: as the bundle)")
+    report.add_argument("--content-steps", type=at_least(1),
+                        help="of each arm's content stage (default: as the bundle)")
     report.add_argument("--out", type=Path, help="file of the report (default: ridfr_core/nano/REPORT.md)")
-    report.add_argument("--concat-steps", type=int, nargs="+",
+    report.add_argument("--concat-steps", type=at_least(1), nargs="+",
                         help="of the content stages in Table 3, one after another (default: as --content-steps)")
-    report.add_argument("--align-steps", type=int, help="of each arm's finetuning (default: as the bundle)")
+    report.add_argument("--align-steps", type=at_least(1), help="of each arm's finetuning (default: as the bundle)")
 
 
 def describe_guidance(parser: argparse.ArgumentParser) -> None:
     def part(text: str) -> tuple[float, float]:
-        start, end = text.split("-")
+        start, _, end = text.partition("-")
+        if not 0 <= float(start) < float(end) <= 1:
+            raise argparse.ArgumentTypeError(f"{text} is not a part of the run, such as 0-1 or 0.3-0.7")
         return float(start), float(end)
 
     parser.add_argument("--work", type=Path, required=True, help="folder for portraits and what was measured")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the table (default: docs)")
     parser.add_argument("--split", choices=("test", "val"), default="test",
                         help="val: people to choose settings by (default: test)")
-    parser.add_argument("--people", type=int, default=48, help="default: 48")
-    parser.add_argument("--seeds", type=int, default=3, help="start noises of each person (default: 3)")
-    parser.add_argument("--steps", type=float, nargs="+", default=(0.03, 0.1, 0.2), help="step sizes")
-    parser.add_argument("--iterations", type=int, nargs="+", default=(1, 2, 4))
+    parser.add_argument("--people", type=at_least(1, most=10_000), default=48, help="default: 48")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="start noises of each person (default: 3)")
+    parser.add_argument("--steps", type=at_least(0, float), nargs="+", default=(0.03, 0.1, 0.2), help="step sizes")
+    parser.add_argument("--iterations", type=at_least(1), nargs="+", default=(1, 2, 4))
     parser.add_argument("--ranges", type=part, nargs="+", default=((0.0, 1.0), (0.0, 0.5), (0.5, 1.0)),
                         metavar="START-END", help="parts of the run, as in 0-1 0.3-1; step sizes and iterations are "
                                                   "varied in the first, the others take the node's step")
     parser.add_argument("--decode", nargs="+", default=("face", "whole picture"),
                         help="decode modes, likewise (default: face 'whole picture')")
-    parser.add_argument("--find-every", type=int, nargs="*", default=(0, 5),
+    parser.add_argument("--find-every", type=at_least(0), nargs="*", default=(0, 5),
                         help="also with the face's place not given but found, and found again every so many steps; 0: "
                              "never (default: 0 5)")
-    parser.add_argument("--threads", type=int, default=2, help="processor threads (default: 2)")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="processor threads (default: 2)")
 
 
 def run(options: argparse.Namespace) -> None:
-    try:
-        evaluate(options)
-    except (ValueError, OSError) as error:  # EvaluationError, TrainingError, CheckpointError, the disk: one sentence
-        raise SystemExit(f"ridfr evaluate {options.subject}: {error}") from error
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    if options.subject == "folder":
+    if options.part == "folder":
         return run_folder(options)
-    if options.subject == "portraits":
+    if options.part == "portraits":
         from ..evaluation.folder import export_portraits
 
         export_portraits(options.data, options.people, options.references)
         print(f"{options.people} people are in {options.data}; next: ridfr evaluate folder {options.data} --out OUT")
         return
+    plots = options.part == "guidance" or options.report
+    need("torch", "transformers", "diffusers", *(["matplotlib"] if plots else []))
     import torch
 
     torch.set_num_threads(options.threads)
-    if options.subject == "guidance":
+    if options.part == "guidance":
         return run_guidance(options)
     if options.report:
         return run_report(options)
@@ -135,6 +127,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def run_folder(options: argparse.Namespace) -> None:
+    need("accelerate", *(() if options.measure_only else ("transformers", "diffusers")))
     from ..evaluation.folder import EvaluationError
     from ..evaluation.run import evaluate_folder
 
@@ -144,7 +137,7 @@ def run_folder(options: argparse.Namespace) -> None:
         raise EvaluationError("--id-preserving needs references: give --references 1 or more.")
     pipeline = None if options.measure_only else {name: getattr(options, name) for name in names}
     print(evaluate_folder(options.data, options.out, options.references, options.face_model, options.judge,
-                          options.batch, pipeline), end="")
+                          options.batch, pipeline, options.seeds), end="")
 
 
 def run_report(options: argparse.Namespace) -> None:
@@ -176,8 +169,12 @@ def words(numbers: Iterable[float]) -> str:
 
 
 def run_guidance(options: argparse.Namespace) -> None:
+    from ..errors import RidfrError
     from ..evaluation.guidance_sweep import Sweep, cells, write
+    from ..guidance import DECODE_MODES
 
+    if unknown := set(options.decode) - DECODE_MODES.keys():
+        raise RidfrError(f"There is no decode mode {', '.join(sorted(unknown))}; there are {', '.join(DECODE_MODES)}.")
     points = cells(options.steps, options.iterations, options.ranges, options.decode, options.find_every)
     command = (f"ridfr evaluate guidance --work FOLDER --split {options.split} --people {options.people} --seeds "
                f"{options.seeds} --steps {words(options.steps)} --iterations {words(options.iterations)} --ranges "

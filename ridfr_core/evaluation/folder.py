@@ -3,7 +3,8 @@
     DATA/PERSON/lq/NAME.png     a degraded face, cropped as the base was trained (FFHQ's crop)
     DATA/PERSON/gt/NAME.png     the same face as it was, if it is known
     DATA/PERSON/ref/*.png       other photos of the person
-    OUT/restored/PERSON/NAME--REFERENCE.png, OUT/images.csv, OUT/summary.md, OUT/sheet.png
+    OUT/restored/PERSON/NAME--REFERENCE.png, with the next seeds NAME--REFERENCE--seed1.png, ...
+    OUT/images.csv, OUT/summary.md, OUT/sheet.png
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor, nn
 
 from ..adapter import IdentityAdapter
@@ -19,12 +19,13 @@ from ..color import adain_transfer, wavelet_transfer
 from ..errors import RidfrError
 from ..face_model import FaceModel
 from ..faces import Detector, align
-from ..pictures import read_image, resized, to_pil
+from ..pictures import EXTENSIONS, PictureError, read_image, resized, to_pil
+from ..randomness import seed_of
 from ..recognition import embed
 from ..restorer import KeysValues, Restorer
+from ..training.files import write_png
 from .guided import find_face, guided
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 COLOR_FIX = {"wavelet": wavelet_transfer, "adain": adain_transfer}
 
 
@@ -34,38 +35,60 @@ class EvaluationError(RidfrError):
 
 @dataclass(frozen=True)
 class Task:
-    """One LQ face to restore with one reference; without one, blindly."""
+    """One LQ face to restore with one reference; without one, blindly. seed: of the noise, which also depends on the
+    face, but not on the reference."""
 
     person: str
     lq: Path
     truth: Path | None
     reference: Path | None
+    seed: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.lq.stem}--{self.reference.stem}" if self.reference else self.lq.stem
+        again = f"--seed{self.seed}" if self.seed else ""
+        return (f"{self.lq.stem}--{self.reference.stem}" if self.reference else self.lq.stem) + again
+
+    @property
+    def noise(self) -> int:
+        """The seed of the start noise."""
+        return seed_of(self.person, self.lq.stem, self.seed)
 
     def restored(self, out: Path) -> Path:
         return out / "restored" / self.person / f"{self.name}.png"
 
 
-def find_tasks(data: Path, references: int, detector: Detector) -> tuple[list[Task], dict[Path, str]]:
-    """All that is to be restored, each LQ face with the first `references` photos that show a face (0: blindly), and
-    why other files cannot be used. Raises EvaluationError if nothing is left."""
+def find_tasks(data: Path, references: int, detector: Detector, seeds: int = 1) -> tuple[list[Task], dict[Path, str]]:
+    """All that is to be restored, each LQ face with the first `references` photos that show a face (0: blindly), each
+    `seeds` times, and why other files cannot be used. Raises EvaluationError if nothing is left, or if two results
+    would have one name."""
     if not data.is_dir():
-        raise EvaluationError(f"'{data}' is no folder: give the one that holds a folder for each person.")
+        raise EvaluationError(f"'{data}' is not a folder: give the one that holds a folder for each person.")
     tasks, unusable = [], {}
     for folder in sorted(path for path in data.glob("*") if path.is_dir()):
         if not (faces := readable(folder / "lq", unusable)):
             unusable[folder / "lq"] = "there is no degraded face, so the person is left out"
             continue
         photos = with_face(folder / "ref", references, detector, unusable) if references else [None]
-        truths = {path.stem: path for path in readable(folder / "gt", unusable)}
-        tasks += [Task(folder.name, lq, truths.get(lq.stem), photo) for lq in faces for photo in photos]
+        truths = {path.stem.casefold(): path for path in readable(folder / "gt", unusable)}
+        found = {lq: fitting(lq, truths.get(lq.stem.casefold()), unusable) for lq in faces}
+        tasks += [Task(folder.name, lq, truth, photo, seed)
+                  for lq, truth in found.items() for photo in photos for seed in range(seeds)]
     if not tasks:
         raise EvaluationError(f"'{data}' has nothing to restore: it needs PERSON/lq/NAME.png"
                               + (" and PERSON/ref/*.png." if references else "."))
+    check_names(tasks)
     return tasks, unusable
+
+
+def check_names(tasks: list[Task]) -> None:
+    """Raises EvaluationError where results of a person would overwrite one another: a--b with c, and a with b--c."""
+    known: dict[tuple[str, str], Task] = {}
+    for task in tasks:
+        other = known.setdefault((task.person, task.name.casefold()), task)
+        if other is not task:
+            raise EvaluationError(f"The results of '{other.lq.name}' and '{task.lq.name}' of {task.person} would have "
+                                  f"one name, {task.name}.png: rename the faces or the references.")
 
 
 def with_face(folder: Path, count: int, detector: Detector, unusable: dict[Path, str]) -> list[Path]:
@@ -84,15 +107,49 @@ def with_face(folder: Path, count: int, detector: Detector, unusable: dict[Path,
 
 
 def readable(folder: Path, unusable: dict[Path, str]) -> list[Path]:
-    """The images of a folder; those that are damaged go to `unusable` with the reason."""
-    good = []
+    """The images of a folder, each of another stem, by which results are called; the others go to `unusable` with the
+    reason."""
+    good: dict[str, Path] = {}
     for path in sorted(path for path in folder.glob("*") if path.suffix.lower() in EXTENSIONS):
         try:
             read_image(path)
-            good.append(path)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # by format and damage
-            unusable[path] = str(error)
-    return good
+        except PictureError as error:
+            unusable[path] = error.reason
+            continue
+        first = good.setdefault(path.stem.casefold(), path)
+        if first is not path:
+            unusable[path] = f"its results would be called as those of {first.name}, so rename it"
+    return list(good.values())
+
+
+def fitting(lq: Path, truth: Path | None, unusable: dict[Path, str]) -> Path | None:
+    """The truth, if it has the shape of the LQ face; else it cannot be compared."""
+    if truth is not None and not alike(shape_of(lq), shape_of(truth)):
+        unusable[truth] = "it is longer or wider than the degraded face, so it is not compared"
+        return None
+    return truth
+
+
+def only_square(tasks: list[Task], unusable: dict[Path, str]) -> list[Task]:
+    """Those whose LQ face is a square, as the networks take it. Raises EvaluationError if there are none."""
+    for lq in {task.lq: None for task in tasks}:
+        height, width = shape_of(lq)
+        if not alike((height, width), (1, 1)):
+            unusable[lq] = f"it has {width}x{height} pixels, but must be a square"
+    if square := [task for task in tasks if task.lq not in unusable]:
+        return square
+    raise EvaluationError(f"No degraded face is a square, the first, '{tasks[0].lq}', neither: crop each to a square "
+                          "from above the hair to below the chin.")
+
+
+def shape_of(path: Path) -> tuple[int, int]:
+    """Height and width."""
+    return tuple(read_image(path).shape[-2:])
+
+
+def alike(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether two shapes are the same but for their scale, to 2 %."""
+    return abs(a[0] * b[1] / (a[1] * b[0]) - 1) < 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +170,7 @@ class Pipeline:
     color_fix: str | None = None
 
     def restore(self, tasks: list[Task]) -> Tensor:
-        """[B,3,size,size]; every result of an LQ face begins with the same noise."""
+        """[B,3,size,size]. Raises EvaluationError where a result is not finite."""
         lq = torch.stack([resized(read_image(task.lq), (self.size, self.size)) for task in tasks]).to(self.device)
         identity, nobody, restorer = None, None, self.restorer
         if tasks[0].reference is not None:
@@ -123,7 +180,12 @@ class Pipeline:
             if self.id_preserving:
                 sights = [find_face(self.face_model, picture) for picture in lq.cpu()]
                 restorer = guided(restorer, self.face_model, sights, embeddings.split(1), self.id_preserving)
-        restored = restorer.restore(lq, identity, nobody, self.guidance, self.steps)
+        seeds = torch.tensor([task.noise for task in tasks])
+        restored = restorer.restore(lq, identity, nobody, self.guidance, self.steps, seeds)
+        for task, image in zip(tasks, restored):
+            if not torch.isfinite(image).all():
+                raise EvaluationError(f"The restoration of '{task.lq}' has NaN or infinite values: a weight file is "
+                                      "damaged or of another base, or --guidance is too strong.")
         return COLOR_FIX[self.color_fix](restored, lq).clamp(0, 1) if self.color_fix else restored
 
     @lru_cache(maxsize=256)  # noqa: B019  one pipeline lives as long as the command
@@ -157,12 +219,14 @@ def load_pipeline(base: str, content: str, adapter: str, clip_vision: str, face_
     from ..training.base import load_base
     from ..training.clip_vision import load_tower
     from ..training.networks import let_identity_in, merge_lora
-    from ..training.run import load_adapter, load_content
+    from ..training.run import check_adapter, load_adapter, load_content
     from ..training.stages import Frozen
 
     loaded = load_base(base)
     control, spec = load_content(content, loaded)
     projection, lora = load_adapter(adapter)
+    tower = load_tower(clip_vision)
+    check_adapter(projection, loaded, tower.config.hidden_size, adapter)
     merge_lora(loaded.unet, lora, 1.0)
     let_identity_in(loaded.unet)
     frozen = Frozen(loaded.to(device, torch.float32), spec)
@@ -173,7 +237,7 @@ def load_pipeline(base: str, content: str, adapter: str, clip_vision: str, face_
     )
     face_model.recogniser.to(device)
     size = 128 if loaded.name == "nano" else 512
-    return Pipeline(restorer, projection.to(device).eval(), not plus_v1, load_tower(clip_vision).to(device), face_model,
+    return Pipeline(restorer, projection.to(device).eval(), not plus_v1, tower.to(device), face_model,
                     size, device, guidance, steps, id_preserving, color_fix)
 
 
@@ -182,9 +246,7 @@ def restore_all(pipeline: Pipeline, tasks: list[Task], out: Path, batch: int) ->
     for start in range(0, len(tasks), batch):
         part = tasks[start : start + batch]
         for task, image in zip(part, pipeline.restore(part)):
-            path = task.restored(out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            to_pil(image).save(path)
+            write_png(to_pil(image), task.restored(out))
         print(f"restored {start + len(part)} of {len(tasks)}", flush=True)
 
 
@@ -201,6 +263,4 @@ def export_portraits(folder: Path, people: int, references: int) -> None:
         lq = degrade(images[:1], **SEVERE.draw(1, generator), generator=generator)
         named = {"lq/0": lq[0], "gt/0": images[0]} | {f"ref/{i}": one for i, one in enumerate(images[1:], 1)}
         for name, image in named.items():
-            path = folder / f"{person:04d}" / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            to_pil(image).save(path)
+            write_png(to_pil(image), folder / f"{person:04d}" / f"{name}.png")

@@ -1,6 +1,7 @@
 """Nano restorations of people that no network has seen, measured by the judge and kept on disk."""
 
 import hashlib
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,7 +56,7 @@ class Measured(NamedTuple):
 def kept(folder: Path, said: tuple, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What `compute` gives, from a file in `folder` if it was computed before for what `said` names."""
     path = folder / f"{hashlib.sha256(repr(said).encode()).hexdigest()[:16]}.npz"
-    if not path.exists():
+    if (stored := _stored(path)) is None:
         values = {name: value.numpy() for name, value in compute().items()}
 
         def write(partial: Path) -> None:
@@ -63,8 +64,17 @@ def kept(folder: Path, said: tuple, compute: Callable[[], dict[str, Tensor]]) ->
                 np.savez(file, **values)
 
         write_whole(path, write)
-    with np.load(path) as stored:
-        return {name: torch.from_numpy(stored[name]) for name in stored}
+        stored = values
+    return {name: torch.from_numpy(value) for name, value in stored.items()}
+
+
+def _stored(path: Path) -> dict[str, np.ndarray] | None:
+    """None where the file is not there or damaged."""
+    try:
+        with np.load(path) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 class HeldOut:

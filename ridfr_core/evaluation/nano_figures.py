@@ -5,9 +5,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..metrics import psnr, similarity
 from ..nano import WEIGHTS
+from ..pictures import to_pil
+from ..training.files import write_png, write_whole
 from ..training.nano_diffusion import latents_of
 from .held_out import HeldOut, Method
 from .shipped import nano_adapter, nano_restorer, nano_tower
@@ -43,13 +46,13 @@ def measure(method: Method, bench: HeldOut) -> tuple[dict, dict[str, Tensor]]:
 
 def write(work: Path) -> None:
     """Measure what is shipped; keep the figures in `weights/figures.json`, a sheet of pictures in the work folder."""
-    from torchvision.utils import save_image
-
     shipped = Method(nano_restorer(), nano_adapter(), nano_tower())
     measured, pictures = measure(shipped, HeldOut(work, PEOPLE, 1, STEPS))
     figures = {"shipped": measured}
     print(json.dumps(figures, indent=1))
-    (WEIGHTS / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    text = json.dumps(figures, indent=1) + "\n"
+    write_whole(WEIGHTS / "figures.json", lambda partial: partial.write_text(text))
     order = ("lq", "blind", "ridfr", "truth", "reference", "wrong", "vae")
-    rows = torch.stack([pictures[name][:12] for name in order], 1).flatten(0, 1)
-    save_image(rows, work / "figures.png", nrow=len(order), padding=2)
+    rows = torch.stack([pictures[name][:12] for name in order], 1)
+    grid = functional.pad(rows, (0, 2, 0, 2)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    write_png(to_pil(grid), work / "figures.png")

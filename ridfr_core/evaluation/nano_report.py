@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..metrics import Interval, bootstrap, similarity
 from ..nano import WEIGHTS
+from ..training.files import write_whole
 from ..training.nano_arms import LAMBDAS, Arms
 from ..training.nano_diffusion import latents_of
 from .held_out import HeldOut, Measured, Method
@@ -200,7 +201,8 @@ class NanoReport:
                  *(f"## {section.title}\n\n{section.text}" for section in sections)]
         if self.path.exists() and CAUSES in (before := self.path.read_text(encoding="utf-8")):
             parts.append(CAUSES + before.split(CAUSES, 1)[1].rstrip())
-        self.path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        text = "\n\n".join(parts) + "\n"
+        write_whole(self.path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def introduction(self, names: Sequence[str], command: str) -> list[str]:
         """How the figures were made, in paragraphs; what is true of trained arms only where there are any."""
@@ -262,4 +264,4 @@ def plot(points: Sequence[tuple[float, float, float]], path: Path) -> None:
         axes.annotate(f"λ {strength:g}", (x, y), xytext=(-6, 5), textcoords="offset points", fontsize=8, ha="right")
     axes.margins(0.1)  # room for the outermost labels
     axes.set(xlabel="identity variance", ylabel="identity similarity to the truth")
-    figure.savefig(path)
+    write_whole(path, lambda partial: figure.savefig(partial, format="png"))

@@ -3,18 +3,20 @@
 from pathlib import Path
 
 from ..face_model import face_model_of
-from .folder import EvaluationError, Task, find_tasks, load_pipeline, restore_all
-from .measure import Judge, Row, averages, check_judge, draw_sheet, summary, write_csv
+from ..training.files import write_whole
+from .folder import EvaluationError, Task, find_tasks, load_pipeline, only_square, restore_all
+from .measure import ODD, Judge, Row, averages, check_judge, draw_sheet, intervals, summary, write_csv
 
 
 def evaluate_folder(data: Path, out: Path, references: int, face_model: str, judge: str, batch: int,
-                    pipeline: dict | None) -> str:
+                    pipeline: dict | None, seeds: int = 1) -> str:
     """Restore every LQ face of `data` once with each of the first `references` photos, measure, and write into `out`.
 
     Args:
         references: 0 restores blindly.
         face_model, judge: see `face_model_of`; the one that conditions, and another.
         pipeline: arguments of `load_pipeline`, or None if the restored faces lie in `out` already.
+        seeds: how often each face is restored with each photo, from other noise.
     Returns the summary (empty in all processes but the first). Raises EvaluationError: nothing to restore, a judge
     that is not independent, restored faces that should be there and are not.
     """
@@ -24,9 +26,11 @@ def evaluate_folder(data: Path, out: Path, references: int, face_model: str, jud
     state = PartialState()
     conditions, judges = face_model_of(face_model), face_model_of(judge)
     check_judge(judges, conditions)
-    tasks, unusable = find_tasks(data, references, conditions.detector)
+    tasks, unusable = find_tasks(data, references, conditions.detector, seeds)
     if pipeline is None:
         check_restored(tasks, out)
+    else:
+        tasks = only_square(tasks, unusable)
     with state.split_between_processes(tasks) as mine:
         if pipeline is not None:
             loaded = load_pipeline(**pipeline | {"face_model": conditions}, device=state.device)
@@ -60,6 +64,7 @@ def write(measured: Judge, tasks: list[Task], rows: list[Row], degraded: list[Ro
     results = {"degraded": averages(degraded)} if degraded else {}
     method = "restored" if tasks[0].reference else "restored blindly"
     results[method] = averages(rows)
+    spreads = {method: intervals(rows)}
     with_truth = [task for task in tasks if task.truth]
     if "FID" in measured.metrics and with_truth:
         results[method]["FID"] = measured.fid([t.restored(out) for t in with_truth], [t.truth for t in with_truth])
@@ -73,6 +78,8 @@ def write(measured: Judge, tasks: list[Task], rows: list[Row], degraded: list[Ro
     if measured.absent:
         absent = (f"{', '.join(names)}, {reason}" for reason, names in measured.absent.items())
         notes.append(f"Absent: {'; '.join(absent)}.")
-    text = summary(results, notes)
-    (out / "summary.md").write_text(text, encoding="utf-8")
+    if spreads[method]:
+        notes.append("In brackets: 95 % bootstrap intervals over people.")
+    text = summary(results, notes, spreads)
+    write_whole(out / "summary.md", lambda partial: partial.write_text(text, encoding="utf-8", errors=ODD))
     return text

@@ -13,6 +13,7 @@ from ..nano import WEIGHTS
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+MOST_LAYERS = 100
 VIT_H = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224,
              patch_size=14, projection_dim=1024, hidden_act="gelu")
 
@@ -23,17 +24,37 @@ def load_tower(where: str) -> nn.Module:
     A file is taken for ViT-H/14, FaceID's, unless its config lies beside it under the same name (.json).
     Raises CheckpointError: the tensors are not of that network.
     """
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
     path = WEIGHTS / "clip_vision.safetensors" if where == "nano" else Path(where)
-    if path.is_dir():
-        return CLIPVisionModelWithProjection.from_pretrained(path, local_files_only=True).float().eval()
+    return _from_folder(path) if path.is_dir() else _from_file(path)
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    from transformers import CLIPVisionModelWithProjection
+
+    try:
+        check_layers(folder)
+        tower, said = CLIPVisionModelWithProjection.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True)
+    except Exception as error:  # transformers has one for each thing that may be wrong
+        raise CheckpointError(f"'{folder}' cannot be read as a CLIP vision model ({first_line(error)}): use a "
+                              "transformers folder of CLIP ViT-H/14.") from error
+    if missing := sorted(said["missing_keys"]):  # of which transformers would make random ones
+        raise CheckpointError(f"'{folder}' has no {missing[0]}: use a transformers folder of CLIP ViT-H/14.")
+    check_finite(tower, folder)
+    return tower.float().eval()
+
+
+def _from_file(path: Path) -> nn.Module:
+    from transformers import CLIPVisionModelWithProjection
+
     state, _ = read(path)
+    layers = len({key.split(".")[3] for key in state if key.startswith("vision_model.encoder.layers.")})
     beside = path.with_suffix(".json")
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else VIT_H
-    config = CLIPVisionConfig(**{k: v for k, v in config.items() if k != "model_type"})
-    with torch.device("meta"):  # ViT-H takes 2.5 GB
-        wanted = {k: tensor.shape for k, tensor in CLIPVisionModelWithProjection(config).state_dict().items()}
+    if beside.is_file():
+        config, wanted = _config(beside, layers)
+    else:
+        config = _config_of(VIT_H)
+        wanted = _shapes(config)
     wrong = [key for key, shape in wanted.items() if key not in state or state[key].shape != shape]
     if wrong:
         raise CheckpointError(f"'{path.name}' is not the CLIP vision model it should be ({wrong[0]} is missing or of "
@@ -41,6 +62,56 @@ def load_tower(where: str) -> nn.Module:
     tower = CLIPVisionModelWithProjection(config)
     tower.load_state_dict({key: state[key].float() for key in wanted}, assign=True)
     return tower.eval()
+
+
+def _config(file: Path, layers: int) -> tuple:
+    """The config in a JSON file and the shapes of its weights, if it is one of a tower with as many layers as the
+    weights have, so that nothing bigger is built. Raises CheckpointError."""
+    try:
+        config = _config_of(json.loads(file.read_text(encoding="utf-8")))
+        fits = config.num_hidden_layers == layers and 0 < config.image_size <= 1024 and config.patch_size > 0
+        shapes = _shapes(config) if fits else {}
+    except Exception as error:  # transformers checks little of it
+        raise CheckpointError(f"'{file.name}' is not the config of a CLIP vision model ({first_line(error)}): use the "
+                              "config.json that the weights came with.") from error
+    if not fits:
+        raise CheckpointError(f"'{file.name}' is not the config of the weights beside it, which have {layers} layers: "
+                              "use the config.json that they came with.")
+    return config, shapes
+
+
+def _shapes(config) -> dict[str, torch.Size]:
+    from transformers import CLIPVisionModelWithProjection
+
+    with torch.device("meta"):  # ViT-H takes 2.5 GB
+        return {k: tensor.shape for k, tensor in CLIPVisionModelWithProjection(config).state_dict().items()}
+
+
+def _config_of(values: dict):
+    from transformers import CLIPVisionConfig
+
+    return CLIPVisionConfig(**{k: v for k, v in values.items() if k != "model_type"})
+
+
+def check_layers(folder: Path) -> None:
+    """Raises ValueError where a config asks for more layers than any network here has: to build them would take for
+    ever."""
+    for key, value in json.loads((folder / "config.json").read_text(encoding="utf-8")).items():
+        numbers = value if isinstance(value, list) else [value]
+        if "layers" in key and any(isinstance(number, (int, float)) and number > MOST_LAYERS for number in numbers):
+            raise ValueError(f"its config says {key} = {value}")
+
+
+def check_finite(network: nn.Module, folder: Path) -> None:
+    """Raises CheckpointError, which names the folder, where a weight is not finite."""
+    for name, weight in network.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"'{folder}' holds NaN or infinite numbers in {name}: get it again.")
+
+
+def first_line(error: Exception) -> str:
+    """What a library says, for a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
 def normalise(crops: Tensor, size: int) -> Tensor:

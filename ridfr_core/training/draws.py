@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..degradation import DegradationRange, degrade
+from ..randomness import generator
 from .photos import Photos
 from .references import References
 from .settings import TrainingError
@@ -36,16 +37,16 @@ class Draws(Dataset):
 
         embedding: [K,512] and clip: [K,T,D], of K references.
         """
-        generator, size = self.generator(n), self.photos.resolution // 8
+        chance, size = generator("draw", self.seed, n), self.photos.resolution // 8
         row, hq = self._photo(n)
-        draw = {"hq": hq, "noise": torch.randn(4, size, size, generator=generator),
-                "posterior": torch.randn(4, size, size, generator=generator),
-                "t": torch.randint(TIMES, (), generator=generator)}
+        draw = {"hq": hq, "noise": torch.randn(4, size, size, generator=chance),
+                "posterior": torch.randn(4, size, size, generator=chance),
+                "t": torch.randint(TIMES, (), generator=chance)}
         if self.degradation is not None:
-            damage = self.degradation.draw(1, generator)
-            draw["lq"] = degrade(draw["hq"][None], **damage, generator=generator)[0]
+            damage = self.degradation.draw(1, chance)
+            draw["lq"] = degrade(draw["hq"][None], **damage, generator=chance)[0]
         if self.references is not None:
-            draw |= self.references.draw(row, generator)
+            draw |= self.references.draw(row, chance)
         return draw
 
     def _photo(self, n: int) -> tuple[int, Tensor]:
@@ -62,14 +63,11 @@ class Draws(Dataset):
         epoch, place = divmod(n, len(self.rows))
         return self.rows[order(len(self.rows), self.seed, epoch)[place]]
 
-    def generator(self, n: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + n)
-
 
 @lru_cache(maxsize=2)
 def order(count: int, seed: int, epoch: int) -> list[int]:
     """The order of an epoch."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return torch.randperm(count, generator=generator("order", seed, epoch)).tolist()
 
 
 def draws_of_process(steps: range, batch: int, accumulate: int, process: int, processes: int) -> Iterator[list[int]]:

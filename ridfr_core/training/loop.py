@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .files import TORCH, write_whole
+from ..randomness import generator
+from .files import TORCH, append, write_whole
 from .settings import TrainingError
 
 
@@ -39,7 +40,7 @@ class Recipe:
 
     def generator(self, step: int) -> torch.Generator:
         """The random numbers of one step, the same whether or not the run was interrupted before it."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return generator(self.seed, step)
 
 
 class Run:
@@ -101,8 +102,7 @@ class Run:
 
     def _note(self, row: dict) -> None:
         self.history.append(row)
-        with self.log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self.log, json.dumps(row) + "\n")
         left = (self.recipe.steps - self.step) * row["seconds"] / self.step
         loss, steps = row["loss"], self.recipe.steps
         print(f"{self.name} {self.step}/{steps} loss {loss:.5f}, {left / 60:.0f} min left", flush=True)
@@ -116,9 +116,14 @@ class Run:
         write_whole(self.path, lambda partial: torch.save(state, partial), TORCH)
 
     def _load(self) -> None:
-        state = torch.load(self.path, weights_only=True)
-        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
-        self.module.load_state_dict(state["module"], strict=False)
-        if state["optimizer"]:
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.ema |= state["ema"]
+        """Raises TrainingError where the checkpoint is damaged or of another network; code in it never runs."""
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+            self.module.load_state_dict(state["module"], strict=False)
+            if state["optimizer"]:
+                self.optimizer.load_state_dict(state["optimizer"])
+            self.ema |= state["ema"]
+        except Exception as error:  # of almost every kind, by the place of the damage
+            raise TrainingError(f"'{self.path}' is not a checkpoint of {self.name}, or a damaged one: remove it to "
+                                f"train {self.name} from the start.") from error

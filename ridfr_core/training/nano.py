@@ -132,7 +132,6 @@ FACE_STAGES = ("recogniser", "small", "judge", "detector")
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Half-precision safetensors, whole or not at all."""
     tensors = {key: tensor.detach().half().contiguous() for key, tensor in tensors.items()}
-    path.parent.mkdir(exist_ok=True)
     write_whole(path, lambda partial: save_file(tensors, partial, metadata))
 
 

@@ -3,6 +3,7 @@
 The encoder of the captions, which the base learns from and no node needs, lies in the repository, outside the package.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from ..checkpoints import read
 from ..layouts import unet_to_ldm, vae_to_ldm
 from ..nano import WEIGHTS
 from . import nano_diffusion, nano_vae, nano_vision
+from .files import TORCH, write_whole
 from .networks import from_ldm
 
 CAPTIONS = WEIGHTS.parent / "stages" / "captions.safetensors"
@@ -40,5 +42,6 @@ def adopt(work: Path) -> None:
     for name, (recipe, state) in runs.items():
         path = work / f"{name}.pt"
         if not path.exists():
-            torch.save({"step": recipe.steps, "seconds": 0.0, "history": [], "ema": state, "module": state,
-                        "optimizer": None}, path)
+            run = {"step": recipe.steps, "seconds": 0.0, "history": [], "ema": state, "module": state,
+                   "optimizer": None}
+            write_whole(path, partial(torch.save, run), TORCH)

@@ -81,6 +81,12 @@ def cross_attentions(unet: nn.Module) -> list[str]:
     return [name for name in unet.attn_processors if "attn2" in name]
 
 
+def widths(unet: nn.Module) -> tuple[int, ...]:
+    """Of the cross-attention layers, in the order of the checkpoints."""
+    names = [name.removesuffix(".processor") for name in cross_attentions(unet)]
+    return tuple(len(unet.get_submodule(name).to_k.weight) for name in names)
+
+
 def build_adapter(unet: nn.Module, **sizes) -> IdentityAdapter:
     """An untrained identity adapter for the UNet; K', V' start as the UNet's own K, V, as in IP-Adapter.
 
@@ -88,7 +94,7 @@ def build_adapter(unet: nn.Module, **sizes) -> IdentityAdapter:
     """
     state = unet.state_dict()
     names = [name.removesuffix(".processor") for name in cross_attentions(unet)]
-    adapter = IdentityAdapter(channels=[len(state[f"{name}.to_k.weight"]) for name in names], **sizes)
+    adapter = IdentityAdapter(channels=widths(unet), **sizes)
     with torch.no_grad():
         for layer, name in zip(adapter.ip_adapter.values(), names):
             layer.to_k_ip.weight.copy_(state[f"{name}.to_k.weight"])
@@ -115,11 +121,29 @@ def merge_lora(unet: nn.Module, lora: dict[str, Tensor], strength: float) -> Non
         if key not in parameters:
             raise CheckpointError(f"The adapter's LoRA has '{name}', which the base has not: use the adapter and the "
                                   "LoRA that were made for it.")
-        up = lora[name.removesuffix("down.weight") + "up.weight"]
+        up = lora.get(name.removesuffix("down.weight") + "up.weight")
+        if up is None or up.ndim != 2 or down.ndim != 2 or parameters[key].shape != (len(up), down.shape[1]) \
+                or up.shape[1] != len(down):
+            raise CheckpointError(f"The adapter's LoRA is not whole: of '{name}' the other half is missing or of "
+                                  "another shape: download the file again.")
         parameters[key] += strength * (up.float() @ down.float()).to(parameters[key])
 
 
-def from_ldm(module: nn.Module, rename, tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """The diffusers state of `module` in fp32, out of tensors in the layout that `rename` writes."""
-    own = module.state_dict()
-    return {key: tensors[prefix + name].float().view(own[key].shape) for key, name in zip(own, rename(own))}
+def from_ldm(module: nn.Module, rename, tensors: dict[str, Tensor], prefix: str = "", name: str = "this",
+             whole: str = "a whole checkpoint of SD1.5") -> dict[str, Tensor]:
+    """The diffusers state of `module` in fp32, out of tensors in the layout that `rename` writes.
+
+    1x1 convolutions may be linear layers and the other way round. name, whole: of the file and what it should be, for
+    the CheckpointError where tensors are missing or of another shape.
+    """
+    own, state = module.state_dict(), {}
+    for key, stored in zip(own, rename(own)):
+        found = tensors.get(prefix + stored)
+        if found is None or _without_ones(found) != _without_ones(own[key]):
+            raise CheckpointError(f"'{name}' has no {prefix + stored}, or one of another shape: use {whole}.")
+        state[key] = found.float().reshape(own[key].shape)
+    return state
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    return [size for size in tensor.shape if size != 1]

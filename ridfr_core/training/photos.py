@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import warnings
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from .files import write_whole
+from ..pictures import EXTENSIONS, PictureError, read_picture
+from .files import sha256_of, write_whole
 from .settings import TrainingError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+READER = 2  # raise it when other files can be read, or are read in another way: the index is made anew
+ROW = {"size", "modified", "wrong", "digest"}  # what the index has of each file
 NAMED = 5  # how many of several photos or people a message names
 
 
@@ -40,14 +42,14 @@ class Photos:
         """
         try:
             return load_photo(self.folder / self.names[row], self.resolution)
-        except TrainingError as error:
-            raise TrainingError(f"'{self.names[row]}' can no longer be used: {error}.") from error
+        except PictureError as error:
+            raise TrainingError(f"'{self.names[row]}' can no longer be used: {error.reason}.") from error
 
     @cached_property
     def digest(self) -> str:
         """Tells this set of photos, at this resolution, from others."""
         listing = "\n".join((str(self.resolution), *(f"{n} {d}" for n, d in zip(self.names, self.digests))))
-        return hashlib.sha256(listing.encode()).hexdigest()
+        return hashlib.sha256(os.fsencode(listing)).hexdigest()
 
     @cached_property
     def people(self) -> dict[str, list[int]]:
@@ -63,18 +65,10 @@ class Photos:
 
 
 def load_photo(path: Path, resolution: int) -> Tensor:
-    """See Photos.image. Raises TrainingError, a few words, if the file cannot be used."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise TrainingError("it is not an image") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # by format and damage
-        raise TrainingError(f"it is damaged: {error}") from error
+    """See Photos.image. Raises PictureError if the file cannot be used or is too small."""
+    image = read_picture(path)
     if min(image.size) < resolution:
-        raise TrainingError(f"{image.width}x{image.height} pixels are less than {resolution}")
+        raise PictureError(path, f"{image.width}x{image.height} pixels are less than {resolution}")
     image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
     return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 255
 
@@ -88,9 +82,9 @@ def find_photos(folder: Path, resolution: int, cache: Path) -> tuple[Photos, dic
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
     if not files:
         raise TrainingError(f"There are no photos in '{folder}' ({', '.join(sorted(EXTENSIONS))}): check the path.")
-    place = hashlib.sha256(f"{folder.resolve()} {resolution}".encode()).hexdigest()[:12]
+    place = hashlib.sha256(f"{folder.resolve()} {resolution} {READER}".encode()).hexdigest()[:12]
     index = cache / f"photos-{place}.json"
-    known = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    known = _known(index)
 
     def look(path: Path) -> tuple[str, dict]:
         name, state = path.relative_to(folder).as_posix(), path.stat()
@@ -99,9 +93,9 @@ def find_photos(folder: Path, resolution: int, cache: Path) -> tuple[Photos, dic
             row = {"size": state.st_size, "modified": state.st_mtime_ns, "wrong": None, "digest": None}
             try:
                 load_photo(path, resolution)
-                row["digest"] = hashlib.sha256(path.read_bytes()).hexdigest()
-            except TrainingError as error:
-                row["wrong"] = str(error)
+                row["digest"] = sha256_of(path)
+            except PictureError as error:
+                row["wrong"] = error.reason
         return name, row
 
     with ThreadPoolExecutor() as pool:
@@ -114,6 +108,16 @@ def find_photos(folder: Path, resolution: int, cache: Path) -> tuple[Photos, dic
         name, reason = next(iter(skipped.items()))
         raise TrainingError(f"None of the {len(found)} photos in '{folder}' can be used: {name}: {reason}.")
     return Photos(folder, tuple(good), tuple(found[name]["digest"] for name in good), resolution), skipped
+
+
+def _known(index: Path) -> dict[str, dict]:
+    """What was found before; nothing where the file is not there or is damaged, since it is only a cache."""
+    try:
+        known = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    whole = isinstance(known, dict) and all(isinstance(row, dict) and row.keys() >= ROW for row in known.values())
+    return known if whole else {}
 
 
 def split_people(people: Iterable[str], validation: int, seed: int) -> tuple[list[str], list[str]]:

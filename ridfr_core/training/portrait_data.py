@@ -1,7 +1,7 @@
 """Portraits rendered ahead of training and kept on disk, and what the frozen networks say of them."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..nano.config import PORTRAIT
 from ..nano.portraits import SPLITS, captions, render
 from ..pictures import to_pil
-from .files import write_whole
+from .files import rows_of, write_png, write_rows
 
 CHUNK = 250
+VERSION = 2  # of how features are computed: raise it when reading, aligning or shrinking pictures changes
 SIZES = (PORTRAIT, 64, 32, 16)  # of references, in pixels: to an eighth, as the paper's 512 to 64
 
 
@@ -49,13 +50,11 @@ class PortraitSet:
 
         Computed once for the weights of `net`, the network that `compute` runs.
         """
-        path = self.folder / f"{name}-{fingerprint(net)}.npy"
-        if not path.exists():
-            parts = []
+        path, chunks = self.folder / f"{name}-{VERSION}-{fingerprint(net)}.npy", torch.arange(len(self)).split(CHUNK)
+        if rows_of(path, len(self)) is None:
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                for rows in torch.arange(len(self)).split(CHUNK):
-                    parts.append(compute(self.batch(rows), self.landmarks[rows]).half().numpy())
-            _save(path, np.concatenate(parts))
+                seen = (compute(self.batch(rows), self.landmarks[rows]).half() for rows in chunks)
+                write_rows(path, seen, len(self))
         return torch.from_numpy(np.load(path))
 
 
@@ -75,33 +74,25 @@ def portrait_set(work: Path, split: str, people: int, views: int, first_view: in
         split: a key of `SPLITS`.
     """
     folder = work / f"portraits-{split}-{people}x{views}-from{first_view}"
-    folder.mkdir(parents=True, exist_ok=True)
     pictures, points = folder / "images.npy", folder / "landmarks.npy"
     first_person = SPLITS[split].start
-    if not points.exists():
+    if any(rows_of(path, people * views) is None for path in (pictures, points)):
         _render(pictures, points, first_person, people, views, first_view)
-    images = np.load(pictures, mmap_mode="r")
-    return PortraitSet(folder, people, views, first_person, first_view, images, torch.from_numpy(np.load(points)))
+    images, landmarks = (rows_of(path, people * views) for path in (pictures, points))
+    return PortraitSet(folder, people, views, first_person, first_view, images, torch.from_numpy(np.array(landmarks)))
 
 
 def _render(pictures: Path, points: Path, start: int, people: int, views: int, first_view: int) -> None:
-    shape = (people * views, 3, PORTRAIT, PORTRAIT)
-    images = np.lib.format.open_memmap(pictures, mode="w+", dtype=np.uint8, shape=shape)
-    landmarks = []
-    for rows in torch.arange(people * views).split(CHUNK):
-        portraits = render(start + rows // views, first_view + rows % views, size=PORTRAIT)
-        images[rows[0] : rows[-1] + 1] = (portraits.image * 255).round().byte().numpy()
-        landmarks.append(portraits.landmarks)
-    images.flush()
-    _save(points, torch.cat(landmarks).float().numpy())
+    landmarks: list[Tensor] = []
 
+    def draw() -> Iterator[Tensor]:
+        for rows in torch.arange(people * views).split(CHUNK):
+            portraits = render(start + rows // views, first_view + rows % views, size=PORTRAIT)
+            landmarks.append(portraits.landmarks.float())
+            yield (portraits.image * 255).round().byte()
 
-def _save(path: Path, array: np.ndarray) -> None:
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:  # given a name, numpy would add .npy to it
-            np.save(file, array)
-
-    write_whole(path, write)
+    write_rows(pictures, draw(), people * views)
+    write_rows(points, landmarks, people * views)
 
 
 def export_portraits(folder: Path, people: int, views: int, size: int = PORTRAIT) -> None:
@@ -109,6 +100,5 @@ def export_portraits(folder: Path, people: int, views: int, size: int = PORTRAIT
     for person in range(people):
         seeds = torch.full((views,), SPLITS["train"].start + person), torch.arange(views)
         place = folder / f"{person:04d}"
-        place.mkdir(parents=True, exist_ok=True)
         for view, image in enumerate(render(*seeds, size=size).image):
-            to_pil(image).save(place / f"{view}.png")
+            write_png(to_pil(image), place / f"{view}.png")

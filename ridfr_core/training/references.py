@@ -1,7 +1,7 @@
 """Reference photos: face embeddings and CLIP features, computed once and kept on disk, and the choice among them."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from ..face_model import FaceModel
 from ..faces import align
 from ..recognition import embed
 from . import clip_vision
-from .files import write_whole
+from .files import rows_of, write_rows
 from .photos import Photos
-from .portrait_data import fingerprint
+from .portrait_data import VERSION, fingerprint
 from .settings import TrainingError
 
 BATCH = 16
@@ -29,10 +29,10 @@ def find_faces(photos: Photos, face_model: FaceModel, cache: Path, progress: Cal
     progress: as tqdm. Computed once, see `Features`. Raises TrainingError if there is no face anywhere.
     """
     path = cache / f"faces-{_digest(photos.digest, face_model.detector.digest)}.npy"
-    if not path.exists():
+    if rows_of(path, len(photos)) is None:
         rows = progress(range(len(photos)), desc="finding faces")
-        _store(path, (_largest_face(photos.image(row), face_model) for row in rows), len(photos))
-    landmarks = torch.from_numpy(numpy.load(path))
+        write_rows(path, (_largest_face(photos.image(row), face_model) for row in rows), len(photos))
+    landmarks = torch.from_numpy(numpy.array(rows_of(path, len(photos))))
     found = (~landmarks.isnan().flatten(1).any(1)).nonzero().flatten().tolist()
     if not found:
         raise TrainingError(f"No face was found in any of the {len(photos)} photos in '{photos.folder}'.")
@@ -46,8 +46,8 @@ def _largest_face(image: Tensor, face_model: FaceModel) -> Tensor:
 
 @dataclass(frozen=True)
 class Features:
-    """What recogniser and CLIP say of photos; they are kept in files whose names hold the hash of all three, and of
-    the detector.
+    """What recogniser and CLIP say of photos; they are kept in files whose names hold the hash of all three, of
+    the detector, and of the version of the code.
 
     sizes: in pixels, that the photos were down-sampled to before they were looked at.
     """
@@ -92,14 +92,19 @@ def compute_features(
             images = torch.stack([photos.image(row) for row in rows.tolist()]).to(device)
             part = shrink(images, landmarks[rows].to(device), size)
             embeddings.append(embed(recogniser, align(*part)))
-            yield clip_vision.features(tower, *part).half()
+            clip = clip_vision.features(tower, *part).half()
+            if not (torch.isfinite(embeddings[-1]).all() and torch.isfinite(clip).all()):
+                raise TrainingError(f"The recogniser or the CLIP vision model makes NaN of '{photos.names[rows[0]]}' "
+                                    "or of a photo after it: its file is damaged, get it again.")
+            yield clip
 
     for size in sizes:
-        if not features.path("embeddings", size).exists():  # written last
+        paths = [features.path(name, size) for name in ("clip", "embeddings")]
+        if any(rows_of(path, len(photos)) is None for path in paths):
             embeddings: list[Tensor] = []
             with torch.inference_mode():
-                _store(features.path("clip", size), read(size, embeddings), len(photos))
-            _store(features.path("embeddings", size), embeddings, len(photos))
+                write_rows(paths[0], read(size, embeddings), len(photos))
+            write_rows(paths[1], embeddings, len(photos))
     return features
 
 
@@ -110,23 +115,7 @@ def shrink(images: Tensor, landmarks: Tensor, size: int) -> tuple[Tensor, Tensor
 
 
 def _digest(*parts: str) -> str:
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-
-
-def _store(path: Path, parts: Iterable[Tensor], total: int) -> None:
-    """Batches of rows, `total` in all, as one .npy file that never lies in memory as a whole."""
-    def write(partial: Path):
-        array, done = None, 0
-        for part in parts:
-            part = part.cpu().numpy()
-            if array is None:
-                shape = (total, *part.shape[1:])
-                array = numpy.lib.format.open_memmap(partial, mode="w+", dtype=part.dtype, shape=shape)
-            array[done : done + len(part)] = part
-            done += len(part)
-        array.flush()
-
-    write_whole(path, write)
+    return hashlib.sha256(" ".join((f"{VERSION}", *parts)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """`ridfr train content | align | naive | adapter`: from settings to a weight file that ComfyUI's nodes open."""
 
-import hashlib
 from functools import partial
 from pathlib import Path
 
@@ -10,15 +9,24 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..adapter import IdentityAdapter, find_lora
-from ..checkpoints import expect, read
+from ..checkpoints import CheckpointError, check_tensors, expect, read
 from ..content import PREFIX, ContentSpec, controlnet_to_ldm, understand
 from ..nano import WEIGHTS
 from .base import Base, load_base
 from .clip_vision import load_tower
-from .files import write_whole
+from .files import sha256_of, write_whole
 from .material import Material, gather, usable_photos
-from .networks import build_adapter, build_content, from_ldm, let_identity_in, merge_lora
-from .settings import AlignSettings, ContentSettings, IdentitySettings, Settings, TrainingError, as_yaml, changed
+from .networks import build_adapter, build_content, from_ldm, let_identity_in, merge_lora, widths
+from .settings import (
+    AlignSettings,
+    ContentSettings,
+    IdentitySettings,
+    Settings,
+    TrainingError,
+    as_yaml,
+    changed,
+    read_yaml,
+)
 from .stages import AdapterStage, AlignStage, ContentStage, Frozen
 from .trainer import Trainer, accelerator_for
 from .validation import Validation
@@ -38,6 +46,7 @@ def run(name: str, settings: Settings) -> Path:
     _check_sizes(settings, accelerator.num_processes)
     with accelerator.main_process_first():  # the others find everything in the cache
         photos = usable_photos(settings, accelerator.print)
+    _check_weights(settings)
     identity = {"stage": name, "photos": photos.digest, **_digests(settings)}
     _check_same_run(settings, identity)
     torch.manual_seed(settings.seed)  # of the weights of a new adapter
@@ -74,9 +83,11 @@ def build_stage(settings: Settings, base: Base, clip_dim: int | None, device: to
     elif isinstance(settings, AlignSettings):
         content, spec = load_content(settings.content, base)
         adapter, lora = load_adapter(settings.adapter)
+        check_adapter(adapter, base, clip_dim, settings.adapter)
         merge_lora(base.unet, lora, settings.lora)
     elif settings.adapter is not None:
         adapter, _ = load_adapter(settings.adapter)
+        check_adapter(adapter, base, clip_dim, settings.adapter)
     else:
         adapter = build_adapter(base.unet, dim=base.unet.config.cross_attention_dim, clip_dim=clip_dim)
     if not isinstance(settings, ContentSettings):
@@ -106,7 +117,8 @@ def load_content(where: str, base: Base) -> tuple[nn.Module, ContentSpec]:
     if spec.base != base.name:
         raise TrainingError(f"'{path.name}' is made for {spec.base}, but the base is {base.name}: use one made for it.")
     content = build_content(base.unet, LQ_CHANNELS[spec.kind])
-    content.load_state_dict(from_ldm(content, controlnet_to_ldm, state))
+    check_tensors(state, controlnet_to_ldm(content.state_dict()), "content-controlnet", path.name)
+    content.load_state_dict(from_ldm(content, controlnet_to_ldm, state, name=path.name))
     return content, spec
 
 
@@ -117,6 +129,17 @@ def load_adapter(where: str) -> tuple[IdentityAdapter, dict]:
     expect(state, "identity-adapter", path.name)
     adapter = IdentityAdapter.from_state_dict({k: v.float() for k, v in state.items()}, name=path.name)
     return adapter, find_lora(path, state)
+
+
+def check_adapter(adapter: IdentityAdapter, base: Base, clip_dim: int, name: str) -> None:
+    """Raises CheckpointError unless an adapter, from the file called `name`, fits the base and CLIP's features."""
+    if adapter.channels != widths(base.unet):
+        raise CheckpointError(f"The identity adapter '{name}' is made for another base than {base.name} (its layers "
+                              "have other widths): use the one that belongs to the base.")
+    if adapter.needs_clip and adapter.clip_dim != clip_dim:
+        raise CheckpointError(f"The identity adapter '{name}' reads CLIP features of width {adapter.clip_dim}, but the "
+                              f"CLIP vision model gives {clip_dim}: use the one that belongs to the adapter, CLIP "
+                              "ViT-H/14 for FaceID-Plus.")
 
 
 def export(stage: nn.Module, path: Path, history: dict[str, str]) -> None:
@@ -130,6 +153,9 @@ def export(stage: nn.Module, path: Path, history: dict[str, str]) -> None:
         tensors = controlnet_to_ldm(stage.content.state_dict())
         metadata = history | stage.frozen.spec.to_metadata()
     tensors = {key: tensor.detach().half().contiguous().cpu() for key, tensor in tensors.items()}
+    if wrong := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise TrainingError(f"'{path}' is not written, since {wrong[0]} has values that half precision cannot hold: "
+                            "the training has come apart; train again with a lower lr.")
     write_whole(path, lambda partial: save_file(tensors, partial, metadata))
 
 
@@ -148,15 +174,7 @@ def _history(settings: Settings, identity: dict[str, str], material: Material) -
 def _digests(settings: Settings) -> dict[str, str]:
     """SHA-256 of those weights that training starts from and that are files, by their settings' keys."""
     paths = {key: getattr(settings, key, None) for key in ("base", "content", "adapter", "clip_vision")}
-    return {f"{key}_sha256": _sha256(Path(path)) for key, path in paths.items() if path and Path(path).is_file()}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
+    return {f"{key}_sha256": sha256_of(Path(path)) for key, path in paths.items() if path and Path(path).is_file()}
 
 
 def _check_sizes(settings: Settings, processes: int) -> None:
@@ -169,11 +187,24 @@ def _check_sizes(settings: Settings, processes: int) -> None:
                             f"{settings.resolution}: leave out what is larger.")
 
 
+def _check_weights(settings: Settings) -> None:
+    """Raises TrainingError if weights are not there, before any are loaded."""
+    for key in ("base", "content", "adapter", "face_model", "clip_vision"):
+        where = getattr(settings, key, None)
+        shipped = where in (None, "nano") or (key == "face_model" and (WEIGHTS / "insightface/models" / where).is_dir())
+        if not shipped and not Path(where).exists():
+            raise TrainingError(f"'{key}' is '{where}', which does not exist: check the path.")
+
+
 def _check_same_run(settings: Settings, identity: dict[str, str]) -> None:
     """Raises TrainingError if `out` holds a run with other settings, weights or photos."""
     path = Path(settings.out) / "settings.yaml"
     if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            before = read_yaml(path)
+        except TrainingError as error:
+            raise TrainingError(f"What the run in '{settings.out}' began with is not known, since {error} Use another "
+                                "out, or remove this one.") from error
         different = [f"{key}: {before.get(key)} -> {now}" for key, now in identity.items() if before.get(key) != now]
         different += changed(settings, before)
         if different:

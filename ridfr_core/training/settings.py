@@ -1,6 +1,8 @@
 """The settings of a training run: a recipe's defaults, a YAML file of one's own, and KEY=VALUE over both."""
 
 import difflib
+import math
+import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -111,53 +113,116 @@ CHOICES = {
     "schedule": ("constant", "cosine"),
     "precision": ("fp32", "bf16", "fp16"),
 }
+PATHS = {"data", "base", "out", "cache", "adapter", "content", "face_model", "clip_vision"}
+# Of a list, each of its numbers.
 LEAST = {
     "resolution": 64, "steps": 1, "batch": 1, "accumulate": 1, "lr": 0, "warmup": 0, "weight_decay": 0, "clip": 0,
-    "ema": 0, "workers": 0, "save_every": 1, "keep": 1, "validate_every": 0, "validation_images": 1,
-    "validation_steps": 1, "drop": 0, "strength": 0, "validation_people": 0,
+    "ema": 0, "seed": 0, "workers": 0, "save_every": 1, "keep": 1, "validate_every": 0, "validation_images": 1,
+    "validation_steps": 1, "drop": 0, "strength": 0, "validation_people": 0, "reference_sizes": 8,
 }
+MANY = 10**9
+MOST = {
+    "resolution": 4096, "steps": MANY, "batch": MANY, "accumulate": MANY, "warmup": MANY, "ema": 0.999999,
+    "seed": 2**63 - 1, "workers": 256, "save_every": MANY, "keep": MANY, "validate_every": MANY,
+    "validation_images": MANY, "validation_steps": 1000, "drop": 1, "validation_people": MANY, "reference_sizes": 4096,
+}
+DEGRADATION = {"sigma": (0, 100), "ratio": (1, 64), "noise": (0, 255), "quality": (1, 100)}
+BIGGEST_FILE, DEEPEST = 2**20, 8  # bytes; lists and groups within one another
 
 
 def read_settings(stage: str, file: Path | None, overrides: Sequence[str]) -> Settings:
     """Settings of a stage: its recipe, then the YAML `file`, then "key=value" or "group.key=value" strings.
 
-    Raises TrainingError: an unknown key, a value of another type or too small, a key without a value, a file that is
-    not YAML.
+    What a key that is text gets on the command line is taken as it stands, whatever YAML would make of it. ~ is the
+    home folder in paths.
+    Raises TrainingError: an unknown key, a value of another type, out of its range or not finite, a key without a
+    value, a file that is not YAML.
     """
-    values = _parse((RECIPES / f"{stage}.yaml").read_text(encoding="utf-8"), f"{stage}.yaml")
+    values, kind = read_yaml(RECIPES / f"{stage}.yaml"), STAGES[stage]
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise TrainingError(f"'{file}' cannot be read ({error.strerror}): check the path.") from error
-        _merge(values, _parse(text, file.name), file.name)
+        _merge(values, read_yaml(file), file.name)
     for override in overrides:
-        key, _, value = override.partition("=")
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise TrainingError(f"'{override}' is not a setting: write it as key=value.")
         *groups, key = key.split(".")
-        nested = _parse(f"{key}: {value}", f"'{override}'")
+        text = _wants_text(kind, [*groups, key])
+        nested = {key: _text(value) if text else _parse(value, f"'{override}'")}
         for group in reversed(groups):
             nested = {group: nested}
         _merge(values, nested, f"'{override}'")
-    return _build(STAGES[stage], values, stage)
+    return _build(kind, values, stage)
 
 
-def _parse(text: str, source: str) -> dict:
+def read_yaml(file: Path) -> dict:
+    """The keys and values of a YAML file. Raises TrainingError, which names the file, if it cannot be read."""
+    if file.exists() and not file.is_file():
+        raise TrainingError(f"'{file}' is not a file: give a YAML file.")
     try:
-        values = yaml.load(text, _Loader) or {}
-    except yaml.YAMLError as error:
+        if file.stat().st_size > BIGGEST_FILE:
+            raise TrainingError(f"'{file}' has more than {BIGGEST_FILE:,} bytes, which settings never have.")
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(f"'{file}' cannot be read ({error.strerror}): check the path.") from error
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"'{file}' is not UTF-8 text: save it as such.") from error
+    values = _parse(text, f"'{file}'")
+    if values is not None and not isinstance(values, dict):
+        raise TrainingError(f"'{file}' must consist of lines 'key: value'.")
+    return values or {}
+
+
+def _parse(text: str, source: str):
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: !!int x
         raise TrainingError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise TrainingError(f"{source} must consist of lines 'key: value'.")
-    return values
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-4 for text; here it is a number."""
+    """YAML 1.2's plain values: none of 1.1's dates, times and octal numbers, no yes and no, but 1e-4.
+
+    Settings need no references (a short file of which can mean a huge one) and no deep nesting.
+    """
+
+    yaml_implicit_resolvers: dict = {}
+    depth = 0
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("references (*name) are not allowed here")
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError("it is nested too deeply")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.YAMLError("a key is given twice")
+        return mapping
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+for _tag, _pattern, _first in (
+    ("null", r"~|null|", ["~", "n", ""]),
+    ("bool", r"true|false", ["t", "f"]),
+    ("int", r"[-+]?(0|[1-9]\d{0,30})", list("-+0123456789")),
+    ("float", r"[-+]?((\.\d+|\d+\.\d*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf)|\.nan", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _wants_text(kind: type, path: Sequence[str]) -> bool:
+    """Whether the setting that this path of groups and a key leads to is text; not if there is none."""
+    for key in path:
+        kind = get_type_hints(kind).get(key) if isinstance(kind, type) else None
+    return kind is str or str in get_args(kind)
+
+
+def _text(value: str) -> str | None:
+    return None if value.strip() in ("", "null") else value.strip()
 
 
 def _merge(values: dict, new: Mapping, source: str) -> None:
@@ -175,11 +240,11 @@ def _merge(values: dict, new: Mapping, source: str) -> None:
 
 def _build(kind: type, values: Mapping, stage: str):
     types = get_type_hints(kind)
-    return kind(**{field.name: _value(kind, field.name, types[field.name], values[field.name], stage)
+    return kind(**{field.name: _value(field.name, types[field.name], values[field.name], stage)
                    for field in fields(kind)})
 
 
-def _value(kind: type, key: str, wanted, value, stage: str):
+def _value(key: str, wanted, value, stage: str):
     if value is None:
         if type(None) in get_args(wanted):
             return None
@@ -187,20 +252,53 @@ def _value(kind: type, key: str, wanted, value, stage: str):
     if wanted is Degradation:
         return _build(Degradation, value, stage)
     if get_origin(wanted) is tuple:
-        item, *rest = get_args(wanted)
-        fits = isinstance(value, list) and value and (rest == [...] or len(value) == 1 + len(rest))
-        if not fits or not all(_is(v, item) for v in value):
-            raise TrainingError(f"'{key}' is {value!r}, but must be a list of numbers such as [1, 2].")
-        return tuple(item(v) for v in value)
+        return _numbers(key, wanted, value)
     plain = next(t for t in (bool, int, float, str) if t is wanted or t in get_args(wanted))
     if not _is(value, plain):
-        names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        names = {bool: "true or false", int: "a whole number", float: "a number",
+                 str: "text (in a file, put it in quotes)"}
         raise TrainingError(f"'{key}' is {value!r}, but must be {names[plain]}.")
     if value not in CHOICES.get(key, (value,)):
         raise TrainingError(f"'{key}' is '{value}', but must be one of {', '.join(CHOICES[key])}.")
-    if key in LEAST and value < LEAST[key]:
-        raise TrainingError(f"'{key}' is {value}, but must be at least {LEAST[key]}.")
+    if plain is str:
+        return _path(key, value) if key in PATHS else value
+    _check_range(key, value)
+    if key == "resolution" and value % 8:
+        raise TrainingError(f"'resolution' is {value}, but must be a multiple of 8, as the VAE needs it.")
     return plain(value)
+
+
+def _numbers(key: str, wanted, value) -> tuple:
+    """A list of numbers; of two, which are a range, the first is not the larger."""
+    item, *rest = get_args(wanted)
+    fits = isinstance(value, list) and value and (rest == [...] or len(value) == 1 + len(rest))
+    if not fits or not all(_is(v, item) for v in value):
+        raise TrainingError(f"'{key}' is {value!r}, but must be a list of numbers such as [1, 2].")
+    for number in value:
+        _check_range(key, number)
+    if rest != [...] and value[0] > value[1]:
+        raise TrainingError(f"'{key}' is {value!r}, but must go from a smaller number to a larger one.")
+    return tuple(item(v) for v in value)
+
+
+def _check_range(key: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(f"'{key}' is {value}, but must be a finite number.")
+    least, most = DEGRADATION.get(key, (LEAST.get(key, -math.inf), MOST.get(key, math.inf)))
+    if value < least:
+        raise TrainingError(f"'{key}' is {value}, but must be at least {least}.")
+    if value > most:
+        raise TrainingError(f"'{key}' is {value}, but must be at most {most}.")
+
+
+def _path(key: str, value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise TrainingError(f"'{key}' is {value!r}, which has characters that are not Unicode: rename it.") from error
+    if "\0" in value:
+        raise TrainingError(f"'{key}' is {value!r}, but no path has a zero byte.")
+    return os.path.expanduser(value)
 
 
 def _is(value, kind: type) -> bool:

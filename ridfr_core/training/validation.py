@@ -13,7 +13,7 @@ from ..metrics import psnr, similarity, ssim
 from ..pictures import to_pil
 from ..recognition import embed
 from ..restorer import Restorer
-from .files import write_whole
+from .files import write_png
 from .material import Material
 from .settings import Settings
 from .stages import AlignStage, ContentStage, Frozen
@@ -32,30 +32,45 @@ class Validation:
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, float]:
         count = self.settings.validation_images
-        with self.accelerator.autocast():
-            rounds = [self.stage(self._batch(range(i * count, (i + 1) * count))) for i in range(ROUNDS)]
-            values = {name: sum(one[name].item() for one in rounds) / ROUNDS for name in rounds[0]}
-            if isinstance(self.stage, ContentStage):
-                batch = self._batch(range(count))
-                restored = self._restore(batch).float()
-                values |= self._measure(restored, batch["hq"])
-                self._show(step, {"degraded": batch["lq"], "restored": restored, "truth": batch["hq"]})
+        values = self._losses(count)
+        if isinstance(self.stage, ContentStage):
+            batches = [self._batch(part) for part in self._parts(count)]
+            with self.accelerator.autocast():
+                restored = torch.cat([self._restore(batch, part) for batch, part in zip(batches, self._parts(count))])
+            lq, hq = (torch.cat([batch[name] for batch in batches]) for name in ("lq", "hq"))
+            values |= self._measure(restored.float(), hq)
+            self._show(step, {"degraded": lq, "restored": restored.float(), "truth": hq})
         return values
+
+    def _losses(self, count: int) -> dict[str, float]:
+        """Means over `ROUNDS` draws of each image."""
+        sums: dict[str, float] = {}
+        for part in self._parts(ROUNDS * count):
+            with self.accelerator.autocast():
+                losses = self.stage(self._batch(part))
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * len(part)
+        return {name: value / (ROUNDS * count) for name, value in sums.items()}
+
+    def _parts(self, count: int) -> list[range]:
+        """The first `count` draws, as many at a time as a process trains on at once."""
+        size = self.settings.batch // (self.settings.accumulate * self.accelerator.num_processes)
+        return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
     def _batch(self, numbers: range) -> dict[str, Tensor]:
         batch = default_collate([self.material.validation[n] for n in numbers])
         return {name: value.to(self.accelerator.device) for name, value in batch.items()}
 
-    def _restore(self, batch: dict[str, Tensor]) -> Tensor:
-        """With the first reference, in the stage that has references."""
+    def _restore(self, batch: dict[str, Tensor], numbers: range) -> Tensor:
+        """With the first reference, in the stage that has references; each image's noise is its own."""
         frozen, base, identity = self.frozen, self.frozen.base, None
         if isinstance(self.stage, AlignStage):
             first = {name: batch[name][:, :1] for name in ("embedding", "clip")}
             identity = frozen.keys_values(first, frozen.adapter)
         restorer = Restorer(base.unet, base.vae, self.stage.content, frozen.spec, base.prompt,
                             dict(base.schedule.config), base.vae.config.scaling_factor, frozen.condition)
-        seeds = torch.arange(len(batch["lq"]))
-        return restorer.restore(batch["lq"], identity, steps=self.settings.validation_steps, seeds=seeds)
+        return restorer.restore(batch["lq"], identity, steps=self.settings.validation_steps,
+                                seeds=torch.tensor(numbers))
 
     def _measure(self, restored: Tensor, truth: Tensor) -> dict[str, float]:
         values = {"psnr": psnr(restored, truth).mean().item(), "ssim": ssim(restored, truth).mean().item()}
@@ -70,6 +85,6 @@ class Validation:
         columns = {name: [to_pil(one) for one in column] for name, column in images.items()}
         sheet = contact_sheet(columns, {}, f"Step {step}")
         path = Path(self.settings.out) / "validation" / f"{step:07d}.png"
-        write_whole(path, lambda partial: sheet.save(partial, "PNG"))
+        write_png(sheet, path)
         for tracker in self.accelerator.trackers:
             tracker.log_images({"validation": numpy.asarray(sheet)[None]}, step, dataformats="NHWC")
