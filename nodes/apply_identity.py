@@ -1,16 +1,21 @@
 """The node that makes the diffusion model draw a person."""
 
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
+from server import PromptServer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..ridfr_core.identity import Identity, check_weights, each_alone
+from ..ridfr_core.errors import RidfrError
+from ..ridfr_core.identity import Identity, Person, check_weights, each_alone
 from . import types
 from .adapter_lora import with_lora
 from .checks import checked
 from .id_attention import IdentityAttention, Region, cross_attention_widths, install
+from .id_rows import KEY
 from .managed import ManagedAdapter, loaded
+from .noise_range import END, START, NoiseRange
 
 ONE_EACH = "one for each picture"
 ALL_IN_ONE = "all in every picture, each in their mask"
@@ -48,7 +53,7 @@ class ApplyIdentity(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     display_name="start",
-                    tooltip="The part of the run at which the identity sets in: 0 is the beginning.",
+                    tooltip=START.format(what="the identity"),
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -57,7 +62,7 @@ class ApplyIdentity(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     display_name="end",
-                    tooltip="The part of the run at which the identity stops acting: 1 is the end.",
+                    tooltip=END.format(what="the identity"),
                 ),
                 io.Float.Input(
                     "s_scale",
@@ -80,8 +85,9 @@ class ApplyIdentity(io.ComfyNode):
                     optional=True,
                     display_name="LoRA strength",
                     tooltip="How much of the adapter's LoRA is mixed into the model, if it has one: 1 is as trained, 0 "
-                    "leaves it out. A LoRA acts everywhere and all the time, whatever mask, start and end say. Of "
-                    "several Apply Identity in a row with the same adapter, the first one's counts.",
+                    "leaves it out. A LoRA acts everywhere and all the time, whatever mask, start and end say. It is "
+                    "never added twice: of several Apply Identity in a row with the same adapter, the first one's "
+                    "strength counts, and if a LoRA loader has added it before, that one's.",
                 ),
                 *block_strengths(),
                 io.Combo.Input(
@@ -107,6 +113,7 @@ class ApplyIdentity(io.ComfyNode):
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model that knows the person; goes to the sampler.")
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -136,21 +143,42 @@ class ApplyIdentity(io.ComfyNode):
         def each(overall: float) -> float | Tensor:
             return overall if strengths is None else overall * strengths
 
-        sigmas = None
+        part, sigmas, notes = None, None, []
         if (start_percent, end_percent) != (0.0, 1.0):
-            sampling = model.get_model_object("model_sampling")
-            sigmas = sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)
-        model = with_lora(model, adapter, lora_strength)
-        for one, region in regions(identity, people, mask):
+            part = NoiseRange(start_percent, end_percent)
+            sigmas = part.sigmas(model.get_model_object("model_sampling"))
+        model = with_lora(model, adapter, lora_strength, notes)
+        for one, region in regions(identity, people, mask, notes):
             tokens, bias = identity_tokens(adapter, one, s_scale)
             layers = zip(adapter.adapter.layers, adapter.adapter.keys_values(tokens), strict=True)
             patches = {
-                place: IdentityAttention(keys.cpu(), values.cpu(), each(by_block[place[0]]), sigmas, bias, region)
+                place: IdentityAttention(
+                    keys.cpu(), values.cpu(), each(by_block[place[0]]), sigmas, bias, region, part=part
+                )
                 for place, (keys, values) in layers
                 if by_block[place[0]]
             }
             model = install(model, patches)
+        if part is not None:
+            tell_outside(model, part, notes, cls.hidden.unique_id)
+        if notes:
+            show(notes, cls.hidden.unique_id)
         return io.NodeOutput(model)
+
+
+def show(notes: list[str], node: str) -> None:
+    PromptServer.instance.send_progress_text("\n\n".join(notes), node)
+
+
+def tell_outside(model, part: NoiseRange, notes: list[str], node: str) -> None:
+    """Have each run of the model say on the node, below the notes, whether it comes by that part of the schedule."""
+
+    def begin(executor, guider, sigmas, *args, **kwargs):
+        outside = part.outside(guider.inner_model.model_sampling, sigmas, "The identity")
+        show([*notes, outside or "The identity acts in this run."], node)
+        return executor(guider, sigmas, *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, begin)
 
 
 def block_strengths() -> list[io.Float.Input]:
@@ -177,36 +205,53 @@ def block_strengths() -> list[io.Float.Input]:
 
 
 def check_fit(model, adapter: ManagedAdapter, identity: Identity) -> None:
-    """Raises ValueError if the adapter is of another family than the model or the image encoder."""
+    """Raises RidfrError if the adapter is for another model, face model or image encoder, or lacks something."""
     widths = cross_attention_widths(model)
     expected = dict(zip(adapter.adapter.layers, adapter.adapter.channels, strict=True))
     if widths != expected:
-        raise ValueError(
+        raise RidfrError(
             f"The adapter {adapter.name} is {family(expected)} but the model is {family(widths)}: load an "
             "adapter made for this model."
         )
     prompt, dim = model.model.model_config.unet_config["context_dim"], adapter.adapter.dim
     if prompt != dim:  # SD2 has SD1.5's layers
-        raise ValueError(
+        raise RidfrError(
             f"The adapter {adapter.name} is for a model that reads prompts of width {dim}, but this one's have width "
             f"{prompt}: load an adapter made for this model."
         )
+    adapter.check_recogniser(identity)
+    if adapter.adapter.needs_face:
+        check_embeddings(adapter, identity)
     if adapter.adapter.needs_clip:
         check_clip(adapter, identity)
     for number, person in enumerate(identity.people, start=1):
         check_weights(person.weights, f"person {number}")
 
 
+def check_embeddings(adapter: ManagedAdapter, identity: Identity) -> None:
+    for number, person in enumerate(identity.people, start=1):
+        if (width := person.embeddings.shape[-1]) != adapter.adapter.id_dim:
+            raise RidfrError(
+                f"The adapter {adapter.name} reads face embeddings of width {adapter.adapter.id_dim}, but those of "
+                f"person {number} have width {width}: load another adapter, or use its face model in Extract Identity."
+            )
+        if adapter.raw and not person.quality:
+            raise RidfrError(
+                f"The adapter {adapter.name} reads raw face embeddings, whose length is not known for person {number}: "
+                "use the photos as Extract Identity gives them, without the mean of Combine References."
+            )
+
+
 def check_clip(adapter: ManagedAdapter, identity: Identity) -> None:
     needed = adapter.adapter.clip_dim
-    if identity.clip_uncond is None:
-        raise ValueError(
+    if identity.clip_uncond is None or any(person.clip is None for person in identity.people):
+        raise RidfrError(
             f"The adapter {adapter.name} needs CLIP features but the identity has none: connect clip_vision to Extract "
             f"Identity, of Load Nano Models for nano, else of Load CLIP Vision (ViT-H for FaceID), of width {needed}."
         )
     width = identity.clip_uncond.shape[-1]
     if width != needed:
-        raise ValueError(
+        raise RidfrError(
             f"The adapter {adapter.name} needs a CLIP vision model of width {needed} but the identity was "
             f"extracted with one of width {width}: extract it with the other."
         )
@@ -217,31 +262,47 @@ def family(widths: dict) -> str:
     return f"{name} ({len(widths)} cross-attention layers, the widest has {max(widths.values(), default=0)} channels)"
 
 
-def regions(identity: Identity, people: str, mask: Tensor | None) -> list[tuple[Identity, Region | None]]:
-    """Who acts together, and where. Raises ValueError where people are to share pictures and have no mask each."""
-    masks = None if mask is None else mask.reshape(-1, *mask.shape[-2:]).float()
+def regions(
+    identity: Identity, people: str, mask: Tensor | None, notes: list[str]
+) -> list[tuple[Identity, Region | None]]:
+    """Who acts together, and where; who acts nowhere is added to the notes.
+
+    mask: [M,H,W] in [0,1]. Raises RidfrError where people are to share pictures and have no mask each.
+    """
+    acting = [] if mask is None else (mask > 0).flatten(1).any(1).tolist()
     if people == ONE_EACH:
-        return [(identity, None if masks is None else Region(masks))]
-    count = 0 if masks is None else len(masks)
-    if count != len(identity.people):
-        raise ValueError(
-            f"The identity has {len(identity.people)} people who are all to be in every picture, but there are {count} "
-            "masks: connect one mask for each person, as a batch."
+        if mask is not None and not any(acting):
+            notes.append(
+                "The mask is black everywhere, so the identity acts nowhere. Load Image gives such a mask for a "
+                "picture without transparency: disconnect it to have the person everywhere."
+            )
+        return [(identity, None if mask is None else Region(mask))]
+    if len(acting) != len(identity.people):
+        raise RidfrError(
+            f"The identity has {len(identity.people)} people who are all to be in every picture, but there are "
+            f"{len(acting)} masks: connect one mask for each person, as a batch."
         )
-    return [(one, Region(mask[None])) for one, mask in zip(each_alone(identity), masks)]
+    notes += [
+        f"The mask of person {number} is black everywhere, so this person is in no picture."
+        for number, acts in enumerate(acting, start=1)
+        if not acts
+    ]
+    return [(one, Region(mask[None])) for one, mask in zip(each_alone(identity), mask)]
 
 
 def identity_tokens(adapter: ManagedAdapter, identity: Identity, s_scale: float) -> tuple[Tensor, Tensor | None]:
     """Identity tokens [people + 1, tokens, dim], of each person, then of no one; and the bias of their logits.
 
-    The tokens of a person's photos stand side by side (as FaceMe's do in the place of a word), so that attention
-    chooses among them; zeros follow where others have more photos. The bias [people + 1, 1, 1, tokens] is the
-    logarithm of a photo's weight relative to the person's largest, so that a photo of weight 2 counts like two of
-    weight 1, and -inf for the zeros. It is None where all photos count the same and no one has fewer.
+    The tokens of a person's photos stand side by side (as FaceMe's do in the place of a word, and as FaceID-portrait
+    was trained), so that attention chooses among them; zeros follow where others have more photos. The bias
+    [people + 1, 1, 1, tokens] is the logarithm of a photo's weight relative to the person's largest, so that a photo
+    of weight 2 counts like two of weight 1, and -inf for the zeros. It is None where all photos count the same and no
+    one has fewer.
     """
     device = loaded(adapter.patcher)
     photos = [len(person.embeddings) for person in identity.people]
-    embeddings = torch.cat([person.embeddings for person in identity.people] + [torch.zeros(1, 512)]).to(device)
+    embeddings = torch.cat([embeddings_of(person, adapter.raw) for person in identity.people])
+    embeddings = torch.cat([embeddings, torch.zeros_like(embeddings[:1])]).to(device)
     clip = None
     if adapter.adapter.needs_clip:
         clip = torch.cat([person.clip for person in identity.people] + [identity.clip_uncond[None]]).to(device)
@@ -252,3 +313,8 @@ def identity_tokens(adapter: ManagedAdapter, identity: Identity, s_scale: float)
     padded = pad_sequence(weights, batch_first=True)
     bias = None if (padded == 1).all() else padded.log().repeat_interleave(tokens.shape[1], 1)[:, None, None]
     return pad_sequence(rows, batch_first=True), bias
+
+
+def embeddings_of(person: Person, raw: bool) -> Tensor:
+    """[N,id_dim]: of unit length, or as long as the recogniser made them."""
+    return person.embeddings * torch.tensor([[photo.norm] for photo in person.quality]) if raw else person.embeddings

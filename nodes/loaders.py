@@ -1,5 +1,8 @@
 """Nodes that load models. None of them runs a network."""
 
+import re
+from pathlib import Path
+
 import comfy.ops
 from comfy_api.latest import io
 from server import PromptServer
@@ -7,14 +10,15 @@ from server import PromptServer
 from ..ridfr_core import checkpoints
 from ..ridfr_core.adapter import IdentityAdapter
 from ..ridfr_core.content import CHOICES, understand
-from ..ridfr_core.face_model import load_face_model
+from ..ridfr_core.face_model import digest_of, load_face_model
 from . import nano, paths, types
-from .adapter_lora import find_lora
+from .adapter_lora import find_lora, lora_path
 from .checks import checked
 from .content_control import NAMES, content_control
 from .managed import ManagedAdapter, ManagedFaceModel, eager, managed
 
 AUTO = "auto"
+PLUS_V2 = "plus v2"
 RGB = "RGB (as insightface)"
 BGR = "BGR (as FaceMe's code)"
 
@@ -114,24 +118,58 @@ class LoadIdentityAdapter(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "version",
-                    options=[AUTO, "plus v2", "plus"],
+                    options=[AUTO, PLUS_V2, "plus"],
                     default=AUTO,
                     tooltip="FaceID Plus and PlusV2 files look alike inside. 'auto' goes by the file's name "
-                    "and takes PlusV2 in doubt; choose one if you know better.",
+                    "and takes PlusV2 in doubt; choose one if you know better. The node shows what was taken.",
                 ),
             ],
             outputs=[types.IdentityAdapter.Output(display_name="adapter", tooltip="Goes to Apply Identity.")],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, version: str) -> str:
+        path = paths.model_file("ipadapter", file)
+        return paths.fingerprint(path, *filter(None, [lora_path(path)]))
 
     @classmethod
     @checked
     def execute(cls, file: str, version: str) -> io.NodeOutput:
         path = paths.model_file("ipadapter", file)
-        state, _ = checkpoints.read(path)
+        state, metadata = checkpoints.read(path)
         checkpoints.expect(state, "identity-adapter", path.name)
-        adapter = IdentityAdapter.from_state_dict(state, eager(comfy.ops.manual_cast), path.name)
-        plus_v1 = version == "plus" or version == AUTO and "faceid-plus_" in path.name.lower()
-        return io.NodeOutput(ManagedAdapter(path.name, adapter, not plus_v1, managed(adapter), find_lora(path, state)))
+        adapter = IdentityAdapter.from_state_dict(state, eager(comfy.ops.manual_cast), path.name, keep_dtype=True)
+        lora, where = find_lora(path, state)
+        shipped = file == paths.NANO
+        loaded = ManagedAdapter(
+            path.name,
+            adapter,
+            version == PLUS_V2 or version == AUTO and is_plus_v2(path, metadata),
+            managed(adapter),
+            lora,
+            raw="unnorm" in path.stem.lower(),
+            recogniser=digest_of(paths.own_recognisers()[0]) if shipped else metadata.get("ridfr.recogniser"),
+        )
+        told = f"{describe(loaded)}; its LoRA: {where}"
+        PromptServer.instance.send_progress_text(told, cls.hidden.unique_id)  # shown on the node
+        return io.NodeOutput(loaded)
+
+
+def is_plus_v2(path: Path, metadata: dict[str, str]) -> bool:
+    """Of a FaceID Plus adapter, by what `ridfr train` has written, else by the file's name: V1 is called that only."""
+    if said := metadata.get("ridfr.shortcut"):
+        return said == "True"
+    name = re.sub(r"[^a-z0-9]", "", path.stem.lower())
+    return "faceidplus" not in name or "v2" in name
+
+
+def describe(loaded: ManagedAdapter) -> str:
+    """What was understood of an adapter's file."""
+    adapter = loaded.adapter
+    version = "V2" if adapter.kind == "FaceID Plus" and loaded.shortcut else ""
+    embeddings = ", for raw face embeddings" if loaded.raw else ""
+    return f"{adapter.kind}{version} for {adapter.base} with prompts of width {adapter.dim}{embeddings}"
 
 
 class LoadContentControlNet(io.ComfyNode):

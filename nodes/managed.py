@@ -5,15 +5,18 @@ from dataclasses import dataclass, field
 import comfy.model_management
 import torch
 import torch.nn.functional as F
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import CoreModelPatcher, ModelPatcher
 from torch import Tensor, nn
 
 from ..ridfr_core.adapter import IdentityAdapter
-from ..ridfr_core.face_model import FaceModel
+from ..ridfr_core.errors import RidfrError
+from ..ridfr_core.face_model import FaceModel, digest_of
+from ..ridfr_core.identity import Identity
+from . import paths
 
 
 def managed(network: nn.Module) -> ModelPatcher:
-    return ModelPatcher(
+    return CoreModelPatcher(
         network,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
@@ -62,6 +65,8 @@ class ManagedAdapter:
 
     shortcut: the projection's forward is PlusV2's, not Plus's. lora: what the adapter wants changed in the diffusion
     model, under names that ComfyUI's LoRA loading knows (see `adapter_lora.with_lora`); empty where it has none.
+    raw: face embeddings are read as the recogniser gives them, not of unit length. recogniser: FaceModel.digest of the
+    face model that the adapter was trained with, None where that is not known.
     """
 
     name: str
@@ -69,3 +74,19 @@ class ManagedAdapter:
     shortcut: bool
     patcher: ModelPatcher
     lora: dict[str, Tensor] = field(default_factory=dict)
+    raw: bool = False
+    recogniser: str | None = None
+
+    def check_recogniser(self, identity: Identity) -> None:
+        """Raises RidfrError where the identity was made with a face model that the adapter was not made for."""
+        made = f"the face model {identity.recogniser or 'unknown'} ({identity.digest[:8]})"
+        if self.recogniser and identity.digest != self.recogniser:
+            raise RidfrError(
+                f"The adapter {self.name} was made for another face model ({self.recogniser[:8]}) than {made}, with "
+                "which the identity was made: extract it again with the right one, 'nano' for the nano adapter."
+            )
+        if not self.recogniser and identity.digest.removeprefix("bgr-") in map(digest_of, paths.own_recognisers()):
+            raise RidfrError(
+                f"The identity was made with {made}, which knows drawn portraits only, and the adapter {self.name} is "
+                "for photos: extract it with the face model that the adapter was made for, buffalo_l for FaceID."
+            )

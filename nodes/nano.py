@@ -16,7 +16,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.model_base import ModelType
-from comfy.model_patcher import CoreModelPatcher
+from comfy.model_patcher import CoreModelPatcher, ModelPatcher
 from torch import Tensor
 
 from ..ridfr_core import checkpoints
@@ -46,8 +46,19 @@ class NanoSD15(comfy.supported_models.SD15):
 def load_checkpoint() -> tuple[CoreModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     state, _ = checkpoints.read(paths.WEIGHTS / "checkpoint.safetensors")
     config = NanoSD15(comfy.model_detection.detect_unet_config(state, UNET))
-    clip, vae = _text_encoder(config, state), _vae(state)
-    return _diffusion_model(config, state), clip, vae
+    model, clip, vae = _diffusion_model(config, state), _text_encoder(config, state), _vae(state)
+    for part, patcher in enumerate((model, clip.patcher, vae.patcher)):
+        patcher.cached_patcher_init = (load_again, (part,))
+    return model, clip, vae
+
+
+def load_again(part: int, disable_dynamic: bool = False) -> ModelPatcher:
+    """One of load_checkpoint's three with weights of its own, which core's training and multi-GPU nodes ask for."""
+    state, _ = checkpoints.read(paths.WEIGHTS / "checkpoint.safetensors")
+    config = NanoSD15(comfy.model_detection.detect_unet_config(state, UNET))
+    if part == 0:
+        return _diffusion_model(config, state, ModelPatcher if disable_dynamic else CoreModelPatcher)
+    return (_text_encoder(config, state, disable_dynamic) if part == 1 else _vae(state)).patcher
 
 
 def load_clip_vision() -> comfy.clip_vision.ClipVisionModel:
@@ -57,7 +68,9 @@ def load_clip_vision() -> comfy.clip_vision.ClipVisionModel:
     return vision
 
 
-def _diffusion_model(config: NanoSD15, state: dict[str, Tensor]) -> CoreModelPatcher:
+def _diffusion_model(
+    config: NanoSD15, state: dict[str, Tensor], patcher_class: type[ModelPatcher] = CoreModelPatcher
+) -> ModelPatcher:
     device = management.get_torch_device()
     dtypes = config.supported_inference_dtypes
     dtype = management.unet_dtype(
@@ -67,12 +80,12 @@ def _diffusion_model(config: NanoSD15, state: dict[str, Tensor]) -> CoreModelPat
     )
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, dtypes))
     model = config.get_model(state, UNET, device=management.unet_offload_device())
-    patcher = CoreModelPatcher(model, load_device=device, offload_device=management.unet_offload_device())
+    patcher = patcher_class(model, load_device=device, offload_device=management.unet_offload_device())
     model.load_model_weights(state, UNET, assign=patcher.is_dynamic())
     return patcher
 
 
-def _text_encoder(config: NanoSD15, state: dict[str, Tensor]) -> comfy.sd.CLIP:
+def _text_encoder(config: NanoSD15, state: dict[str, Tensor], disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """CLIP without layers. The file has its last norm alone, of gain 0, so every prompt becomes that norm's bias."""
     width = len(state[f"{TEXT}final_layer_norm.bias"])
     text = config.process_clip_state_dict(
@@ -89,6 +102,7 @@ def _text_encoder(config: NanoSD15, state: dict[str, Tensor]) -> comfy.sd.CLIP:
         tokenizer_data=text,
         state_dict=text,
         model_options={"clip_l_model_config": size},
+        disable_dynamic=disable_dynamic,
     )
 
 

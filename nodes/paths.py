@@ -51,6 +51,11 @@ def _nano_face_models() -> Path:
     return WEIGHTS / "insightface" / "models"
 
 
+def own_recognisers() -> list[Path]:
+    """The recognisers that come with the pack, for drawn portraits: nano's first, then nano_judge's."""
+    return sorted(_nano_face_models().glob("*/rec_*.onnx"))
+
+
 def _users_face_models() -> list[Path]:
     return [Path(folder) / "models" for folder in folder_paths.get_folder_paths("insightface")]
 

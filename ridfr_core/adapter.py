@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from .checkpoints import CheckpointError, check_tensors, expect, flatten, lacks, read
-from .projections import FaceIdPlusProjection, FaceIdProjection, PlusProjection, attention
+from .checkpoints import SOURCES, CheckpointError, check_tensors, expect, flatten, lacks, read
+from .projections import HEAD_DIM, FaceIdPlusProjection, FaceIdProjection, PlusProjection, attention
 
 # Cross-attention layers in checkpoint order (down, up, then mid) at ComfyUI's places (block, id, transformer index).
 SD15_LAYERS = (
@@ -26,7 +27,11 @@ SDXL_LAYERS = (
 BASES = {"SD1.5": SD15_LAYERS, "SDXL": SDXL_LAYERS}
 
 # A layer of index k in checkpoint order has number 2k+1; the number before it is the self-attention beside it.
-LORA = re.compile(r"ip_adapter\.(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+LORA = re.compile(r"ip_adapter\.(\d{1,4})\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+LAYER = re.compile(r"ip_adapter\.(\d{1,4})\.to_[kv]_ip\.weight")
+PAIRS = (("lora_up", "lora_down"), ("lora.up", "lora.down"), ("lora_B", "lora_A"), ("layer.up", "layer.down"))
+DEEPEST = 64  # layers of a Q-Former; published ones have 4
+PORTRAIT = 16  # tokens of FaceID-portrait, other FaceID adapters have 4
 
 
 class IdentityAdapter(nn.Module):
@@ -73,17 +78,24 @@ class IdentityAdapter(nn.Module):
         )
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping, operations=nn, name: str = "this") -> "IdentityAdapter":
+    def from_state_dict(
+        cls, state_dict: Mapping, operations=nn, name: str = "this", keep_dtype: bool = False
+    ) -> "IdentityAdapter":
         """Build and load from a checkpoint: {"image_proj": {...}, "ip_adapter": {...}} or flat keys.
 
         The kind and all sizes are read off the tensors. FaceID's LoRA is not loaded (see `lora_of`).
+        keep_dtype: the weights are the checkpoint's own tensors, for `operations` that compute in their inputs'
+        precision; else they are copies in float32.
         Raises CheckpointError, which calls the file `name`: tensors are missing or of another shape, or the layers are
         neither SD1.5's nor SDXL's.
         """
         weights = {key: weight for key, weight in flatten(state_dict).items() if not LORA.fullmatch(key)}
-        adapter = cls(**sizes_of(weights, name), operations=operations)
+        with torch.device("meta"):  # no memory before the file has been checked
+            adapter = cls(**sizes_of(weights, name), operations=operations)
         check_tensors(weights, adapter.state_dict(), "identity-adapter", name)
-        adapter.load_state_dict(weights)
+        if not keep_dtype:
+            weights = {key: weight.to(torch.float32, copy=True) for key, weight in weights.items()}
+        adapter.load_state_dict(weights, assign=True)
         return adapter
 
     @property
@@ -101,13 +113,23 @@ class IdentityAdapter(nn.Module):
         """Whether `tokens` reads a face embedding."""
         return self.id_dim is not None
 
+    @property
+    def kind(self) -> str:
+        """What the adapter is called; FaceID Plus and PlusV2 are told apart by how they are run alone."""
+        if not self.needs_face:
+            return "plus-face"
+        if self.needs_clip:
+            return "FaceID Plus"
+        return "FaceID portrait" if self.image_proj.tokens == PORTRAIT else "FaceID"
+
     def tokens(
         self, embedding: Tensor | None, clip: Tensor | None, shortcut: bool = True, s_scale: float = 1.0
     ) -> Tensor:
         """Identity tokens [B,tokens,dim].
 
         Args:
-            embedding: unit-length ArcFace embedding [B,id_dim]; None will do where `needs_face` is False.
+            embedding: ArcFace embedding [B,id_dim], unit-length (but for FaceID-portrait "unnorm", which learnt raw
+                ones); None will do where `needs_face` is False.
             clip: penultimate hidden states [B,T,clip_dim] of the CLIP vision model; None where `needs_clip` is False.
             shortcut, s_scale: of FaceID-Plus and PlusV2 alone, see FaceIdPlusProjection.
         """
@@ -119,40 +141,44 @@ class IdentityAdapter(nn.Module):
 
 
 def sizes_of(weights: Mapping[str, Tensor], name: str) -> dict:
-    """Constructor arguments of the IdentityAdapter that flat checkpoint tensors of the file `name` belong to."""
+    """Constructor arguments of the IdentityAdapter that flat checkpoint tensors of the file `name` belong to.
 
-    def shape(key: str) -> tuple[int, ...]:
+    Raises CheckpointError where they cannot be such: nothing is built from what a file says before this.
+    """
+
+    def shape(key: str, dimensions: int = 2) -> tuple[int, ...]:
         if key not in weights:
             raise lacks([key], "identity-adapter", name)
+        if weights[key].ndim != dimensions or weights[key].numel() == 0:
+            raise odd(f"{key} of shape {[*weights[key].shape]}")
         return tuple(weights[key].shape)
 
-    last = max((int(key.split(".")[1]) for key in weights if key.endswith("_ip.weight")), default=0)
+    def depth(prefix: str) -> int:
+        layers = {key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)}
+        if len(layers) > DEEPEST:
+            raise odd(f"{len(layers)} layers called {prefix}")
+        return len(layers)
+
+    def odd(what: str) -> CheckpointError:
+        return CheckpointError(f"'{name}' has {what}, which no identity adapter has: {SOURCES['identity-adapter']}.")
+
+    last = max((int(match[1]) for key in weights if (match := LAYER.fullmatch(key))), default=0)
     sizes = {"channels": tuple(shape(f"ip_adapter.{n}.to_k_ip.weight")[0] for n in range(1, last + 1, 2))}
-    if "image_proj.latents" in weights:
-        _, tokens, width = shape("image_proj.latents")
-        dim, clip_dim = shape("image_proj.proj_out.weight")[0], shape("image_proj.proj_in.weight")[1]
-        return sizes | {
-            "dim": dim,
-            "clip_dim": clip_dim,
-            "id_dim": None,
-            "tokens": tokens,
-            "depth": _count_layers(weights, "image_proj.layers."),
-            "width": width,
-        }
-    (dim,) = shape("image_proj.norm.weight")
     resampler = "image_proj.perceiver_resampler."
-    plus = any(key.startswith(resampler) for key in weights)
-    return sizes | {
-        "dim": dim,
-        "clip_dim": shape(resampler + "proj_in.weight")[1] if plus else None,
-        "id_dim": shape("image_proj.proj.0.weight")[1],
-        "tokens": shape("image_proj.proj.2.weight")[0] // dim,
-        "depth": _count_layers(weights, resampler + "layers."),
-    }
-
-
-def _count_layers(weights: Mapping[str, Tensor], prefix: str) -> int:
-    return len({key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)})
+    if "image_proj.latents" in weights:
+        _, tokens, width = shape("image_proj.latents", 3)
+        dim, clip_dim = shape("image_proj.proj_out.weight")[0], shape("image_proj.proj_in.weight")[1]
+        sizes |= {"dim": dim, "clip_dim": clip_dim, "id_dim": None, "tokens": tokens, "width": width}
+        sizes |= {"depth": depth("image_proj.layers.")}
+    else:
+        (width,) = shape("image_proj.norm.weight", 1)
+        plus = any(key.startswith(resampler) for key in weights)
+        sizes |= {"dim": width, "clip_dim": shape(resampler + "proj_in.weight")[1] if plus else None}
+        sizes |= {"id_dim": shape("image_proj.proj.0.weight")[1], "depth": depth(resampler + "layers.")}
+        sizes |= {"tokens": shape("image_proj.proj.2.weight")[0] // width}
+    if sizes["clip_dim"] is not None and width % HEAD_DIM:
+        raise odd(f"a Q-Former of width {width}, not a multiple of {HEAD_DIM}")
+    return sizes
 
 
 def lora_of(state_dict: Mapping) -> dict[str, Tensor]:
@@ -160,12 +186,20 @@ def lora_of(state_dict: Mapping) -> dict[str, Tensor]:
 
     `ip_adapter.N.to_q_lora.down.weight` becomes `diffusion_model.(the layer's place).attn1.to_q.lora_down.weight`: an
     even N is self-attention (attn1), the odd one after it the cross-attention (attn2) of the same place.
+    Raises CheckpointError where N runs neither over SD1.5's layers nor over SDXL's.
     """
     found = {match: weight for key, weight in flatten(state_dict).items() if (match := LORA.fullmatch(key))}
-    count = 1 + max((int(match[1]) for match in found), default=-1)
-    layers = next((layers for layers in BASES.values() if 2 * len(layers) == count), ())
+    if not found:
+        return {}
+    count = 1 + max(int(match[1]) for match in found)
+    layers = next((layers for layers in BASES.values() if 2 * len(layers) == count), None)
+    if layers is None:
+        raise CheckpointError(
+            f"The LoRA in the identity adapter is for {count} attention layers, but SD1.5 has 32 and SDXL 140: the "
+            f"file is incomplete; {SOURCES['identity-adapter']}."
+        )
     lora = {}
-    for match, weight in found.items() if layers else ():
+    for match, weight in found.items():
         number, projection, side = int(match[1]), match[2], match[3]
         target = "to_out.0" if projection == "out" else f"to_{projection}"
         lora[f"{_ldm_name(layers[number // 2])}.attn{1 + number % 2}.{target}.lora_{side}.weight"] = weight
@@ -190,6 +224,17 @@ def read_lora(file: Path) -> dict[str, Tensor]:
     lora, _ = read(file)
     expect(lora, "lora", file.name)
     return lora
+
+
+def lora_pairs(lora: Mapping[str, Tensor], name: str) -> list[str]:
+    """The tensors that widen again (up, B), one for each layer. Raises CheckpointError where half a pair is missing."""
+    words = {word: other for pair in PAIRS for word, other in (pair, pair[::-1])}
+    found = {key: word for key in lora for word in words if word in key}
+    partners = [key.replace(word, words[word]) for key, word in found.items()]
+    if missing := [key for key in partners if key not in lora]:
+        raise lacks(missing, "lora", name)
+    widening = {up for up, _ in PAIRS}
+    return [key for key, word in found.items() if word in widening]
 
 
 def _ldm_name(place: tuple[str, int, int]) -> str:

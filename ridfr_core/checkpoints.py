@@ -17,6 +17,7 @@ from .errors import RidfrError
 KINDS = {
     "identity-adapter": "an identity adapter (IP-Adapter FaceID, FaceID-Plus, FaceID-PlusV2 or plus-face)",
     "ip-adapter": "an IP-Adapter of another sort than FaceID, FaceID-Plus, FaceID-PlusV2 or plus-face",
+    "instantid": "InstantID's adapter (for InstantID's own nodes)",
     "content-controlnet": "a content ControlNet (7 or 8 input channels, no hint encoder)",
     "controlnet": "an ordinary ControlNet (for the node Load ControlNet Model)",
     "sd-checkpoint": "a Stable Diffusion checkpoint (for the node Load Checkpoint)",
@@ -227,6 +228,8 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
         return any(part in key for key in state_dict for part in parts)
 
     if has("ip_adapter."):
+        if _is_instantid(state_dict):
+            return "instantid"
         known = has("image_proj.perceiver_resampler.") or "image_proj.latents" in state_dict or _is_faceid(state_dict)
         return "identity-adapter" if known else "ip-adapter"
     if has("zero_convs.0.0.", "controlnet_down_blocks.0."):
@@ -246,6 +249,12 @@ def kind_of(state_dict: Mapping[str, Tensor]) -> str:
 def _is_faceid(state_dict: Mapping[str, Tensor]) -> bool:
     """FaceID's projection has two linear layers and a norm of its own; full-face has the norm as proj.3."""
     return "image_proj.proj.2.weight" in state_dict and "image_proj.proj.3.weight" not in state_dict
+
+
+def _is_instantid(state_dict: Mapping[str, Tensor]) -> bool:
+    """It is plus-face's network, but reads a face embedding where plus-face reads CLIP, which is never this narrow."""
+    narrow = state_dict.get("image_proj.proj_in.weight")
+    return "image_proj.latents" in state_dict and narrow is not None and narrow.shape[1:] == (512,)
 
 
 def _controlnet_channels(state_dict: Mapping[str, Tensor]) -> int | None:

@@ -164,8 +164,10 @@ def _history(settings: Settings, identity: dict[str, str], material: Material) -
     history = {"stage": identity["stage"], "data": material.photos.digest, "photos": len(material.train.rows)}
     kept = ("steps", "batch", "lr", "schedule", "ema", "seed", "resolution")
     history |= {key: getattr(settings, key) for key in kept}
+    if isinstance(settings, IdentitySettings):
+        history |= {"recogniser": material.face_model.digest, "shortcut": settings.shortcut}
     if isinstance(settings, AlignSettings):
-        history |= {"lambda": settings.strength, "recogniser": material.face_model.digest}
+        history["lambda"] = settings.strength
         history |= {f"{key}_file": identity.get(f"{key}_sha256", getattr(settings, key))
                     for key in ("content", "adapter")}
     return {PREFIX + key: str(value) for key, value in history.items()}

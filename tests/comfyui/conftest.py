@@ -179,8 +179,8 @@ def face_model(nodes):
 
 
 @pytest.fixture(scope="module")
-def identity(pack):
-    """Two people, one photo each, with random features."""
+def identity(pack, face_model):
+    """Two people, one photo each, with random features, as of the nano face model."""
     g = torch.Generator().manual_seed(7)
     core = pack.ridfr_core.identity
     people = tuple(
@@ -189,7 +189,8 @@ def identity(pack):
         )
         for _ in range(2)
     )
-    return core.Identity(people, torch.randn(65, 128, generator=g), "digest", torch.zeros(2, 3, 112, 112))
+    uncond, crops = torch.randn(65, 128, generator=g), torch.zeros(2, 3, 112, 112)
+    return core.Identity(people, uncond, face_model.model.digest, crops)
 
 
 @pytest.fixture(scope="session")
