@@ -1,10 +1,11 @@
 import re
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ridfr_core.adapter import BASES, IdentityAdapter, decoupled_attention, find_lora, lora_of
+from ridfr_core.adapter import BASES, IdentityAdapter, decoupled_attention, find_lora, lora_of, lora_pairs
 from ridfr_core.checkpoints import CheckpointError, kind_of
 from ridfr_core.layouts import unet_to_ldm
 
@@ -184,6 +185,81 @@ def test_odd_files_are_refused(change, sentence):
     state = IdentityAdapter([64] * 16, dim=64, clip_dim=64, id_dim=8, depth=1).state_dict() | change
     with pytest.raises(CheckpointError, match=sentence):
         IdentityAdapter.from_state_dict({k: w for k, w in state.items() if w is not None}, name="x.bin")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"ip_adapter.100000000.to_k_ip.weight": torch.zeros(64, 64)}, "holds 1 tensors, such as ip_adapter.100000000"),
+        ({"ip_adapter.9999.to_k_ip.weight": torch.zeros(64, 64)}, "lacks ip_adapter.33.to_k_ip.weight"),
+        ({"ip_adapter.x.to_v_ip.weight": torch.zeros(64, 64)}, "holds 1 tensors, such as ip_adapter.x"),
+        ({f"ip_adapter.{'9' * 5000}.to_k_ip.weight": torch.zeros(64, 64)}, "holds 1 tensors"),
+        ({"ip_adapter.7.to_k_ip.weight": torch.tensor(1.0)}, r"ip_adapter.7.to_k_ip.weight of shape \[\], which no"),
+        ({"image_proj.norm.weight": torch.zeros(4, 4)}, r"has image_proj.norm.weight of shape \[4, 4\], which no"),
+        ({"image_proj.norm.weight": torch.zeros(0)}, r"has image_proj.norm.weight of shape \[0\], which no"),
+        ({"image_proj.proj.0.weight": torch.zeros(0, 10**15)}, r"proj.0.weight of shape \[0, 10+\], which"),
+        ({"image_proj.proj.2.weight": torch.zeros(5)}, r"has image_proj.proj.2.weight of shape \[5\], which no"),
+        ({"image_proj.perceiver_resampler.proj_in.weight": torch.zeros(5)}, r"proj_in.weight of shape \[5\], which no"),
+        ({f"image_proj.perceiver_resampler.layers.{i}.0.x": torch.zeros(1) for i in range(9999)}, "has 9999 layers"),
+        ({f"ip_adapter.{i}.to_q_lora.{s}.weight": torch.zeros(2, 2) for i in range(9) for s in ("up", "down")},
+         "LoRA in the identity adapter is for 9 attention layers"),
+    ],
+)
+def test_nothing_that_a_file_says_is_built(change, sentence):
+    state = IdentityAdapter([64] * 16, dim=64, clip_dim=64, id_dim=8, depth=1).state_dict() | change
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match=sentence):
+        IdentityAdapter.from_state_dict(state, name="x.bin")
+        lora_of(state)
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("change", [{"image_proj.latents": torch.zeros(16, 128)}, {"image_proj.proj_in.weight": None}])
+def test_an_odd_plus_face(change):
+    plus = IdentityAdapter([64] * 16, dim=64, clip_dim=96, id_dim=None, tokens=16, depth=1, width=128).state_dict()
+    state = {key: weight for key, weight in (plus | change).items() if weight is not None}
+    with pytest.raises(CheckpointError, match="'x.bin' (has image_proj.latents of shape|lacks image_proj.proj_in)"):
+        IdentityAdapter.from_state_dict(state, name="x.bin")
+
+
+def test_a_q_former_of_odd_width_is_refused():
+    state = IdentityAdapter([64] * 16, dim=48, clip_dim=64, id_dim=8, depth=1).state_dict()
+    with pytest.raises(CheckpointError, match="has a Q-Former of width 48, not a multiple of 64, which no identity"):
+        IdentityAdapter.from_state_dict(state, name="x.bin")
+
+
+def test_instantid_is_no_plus_face():
+    state = IdentityAdapter([64] * 70, dim=64, clip_dim=512, id_dim=None, tokens=16, depth=1, width=128).state_dict()
+    assert kind_of(state) == "instantid"
+    for width in (1024, 1280, 1664):
+        state["image_proj.proj_in.weight"] = torch.zeros(128, width)
+        assert kind_of(state) == "identity-adapter"
+
+
+@torch.inference_mode()
+def test_portraits_tokens_of_several_photos_stand_side_by_side():
+    """As published: n photos give n times 16 tokens, each photo's as alone."""
+    adapter = random_weights(IdentityAdapter([64] * 16, dim=64, clip_dim=None, tokens=16))
+    photos = torch.nn.functional.normalize(torch.randn(5, 512), dim=1)
+    tokens = adapter.tokens(photos, None)
+    assert adapter.kind == "FaceID portrait" and tokens.shape == (5, 16, 64)
+    torch.testing.assert_close(tokens[3:4], adapter.tokens(photos[3:4], None))
+
+
+def test_the_files_own_tensors_may_be_kept():
+    _, state = checkpoint()
+    half = {key: weight.half() for key, weight in state.items()}
+    kept = IdentityAdapter.from_state_dict(half, keep_dtype=True).state_dict()
+    assert all(kept[key].data_ptr() == half[key].data_ptr() for key in half)
+
+
+@pytest.mark.parametrize("names", [("lora_up", "lora_down"), ("lora.up", "lora.down"), ("lora_B", "lora_A")])
+def test_half_a_pair_of_a_lora(names):
+    up, down = (f"mid.to_q.{name}.weight" for name in names)
+    assert lora_pairs({up: torch.ones(2, 1), down: torch.ones(1, 2), "mid.to_q.alpha": torch.ones(())}, "x") == [up]
+    for alone, other in ((up, down), (down, up)):
+        with pytest.raises(CheckpointError, match=f"'x' lacks {re.escape(other)}"):
+            lora_pairs({alone: torch.ones(2, 1)}, "x")
 
 
 def checkpoint():

@@ -83,6 +83,35 @@ def test_weights_change_by_strength_times_up_times_down(nano, with_lora, lora):
     assert all(torch.equal(nano.model.model.state_dict()[key], before[key]) for key in before)
 
 
+def test_what_a_lora_loader_has_added_is_not_added_again(nano, with_lora, lora, pack, adapter):
+    """From the same file in half precision; another LoRA of the same name is added."""
+    from comfy.sd import load_lora_for_models
+
+    half = {key: weight.half() for key, weight in flat(lora).items()}
+    loaded, _ = load_lora_for_models(nano.model, None, half, 0.6, 0.0)
+    notes = []
+    ours = replace(adapter, lora=flat(lora))
+    assert pack.nodes.adapter_lora.with_lora(loaded, ours, 1.0, notes) is loaded
+    assert "is in the model already, with strength 0.6: it is not added again" in notes[0]
+    other = {key: weight + 0.5 for key, weight in flat(lora).items()}
+    both = with_lora(loaded, other, 0.9)
+    assert {len(patches) for patches in both.patches.values()} == {2}
+    again = with_lora(both, flat(lora), 1.0)
+    assert again is both and with_lora(both, other, 1.0) is both
+
+
+@pytest.mark.parametrize("change", ["half", "rank", "shape", "flat"])
+def test_a_lora_that_does_not_fit_is_refused(nano, with_lora, lora, change):
+    key, (down, up) = next(iter(lora.items()))
+    wrong = {"rank": (down[:2], up), "shape": (down[:, 1:], up), "flat": (down.flatten(), up)}
+    odd = flat(lora | ({key: wrong[change]} if change in wrong else {}))
+    if change == "half":
+        del odd[f"{key.removesuffix('.weight')}.lora_down.weight"]
+    sentence = "lacks .*lora_down" if change == "half" else "128 layers but only 127 of them"
+    with pytest.raises(ValueError, match=sentence):
+        with_lora(nano.model, odd, 1.0)
+
+
 def test_no_lora_or_no_strength_is_the_model_itself(nano, with_lora, lora):
     assert with_lora(nano.model, {}, 1.0) is nano.model
     assert with_lora(nano.model, flat(lora), 0.0) is nano.model
@@ -96,7 +125,7 @@ def test_a_lora_for_another_model_is_refused(nano, with_lora, lora):
 
 
 @pytest.mark.parametrize("place", ["inside", "beside", "loras", "nowhere"])
-def test_where_the_lora_is_found(nodes, pack, weights, tmp_path, monkeypatch, place):
+def test_where_the_lora_is_found(nodes, pack, weights, tmp_path, monkeypatch, shown, place):
     import folder_paths
 
     state = load_file(weights / "identity_adapter.safetensors")
@@ -111,6 +140,8 @@ def test_where_the_lora_is_found(nodes, pack, weights, tmp_path, monkeypatch, pl
     monkeypatch.setattr(pack.nodes.paths, "model_file", lambda kind, name: tmp_path / name)
     found = nodes["RIDFR_LoadIdentityAdapter"].execute(f"{place}.bin", "auto")[0].lora
     assert len(found) == {"inside": 64, "nowhere": 0}.get(place, 1)
+    where = {"inside": "in the file", "nowhere": "none found"}.get(place, f"{place}_lora.safetensors")
+    assert shown["RIDFR_LoadIdentityAdapter"].endswith(f"its LoRA: {where}")
 
 
 def test_another_file_in_the_loras_place_is_refused(nodes, pack, weights, tmp_path, monkeypatch):

@@ -78,6 +78,51 @@ def test_all_layers_share_a_region(pack):
     assert region.at(4, 4, device) is not there
 
 
+class Copies(TorchDispatchMode):
+    """Counts what is copied from one device to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = all(isinstance(x, torch.Tensor) for x in (out, *args[:1])) and bool(args)
+        self.count += tensors and out.device != args[0].device
+        return out
+
+
+def test_a_patch_works_on_the_device_of_its_call(pack, apply, identity, two_photos, monkeypatch):
+    """With all that it may hold. `meta` stands in for a GPU: it refuses the processor's tensors as a GPU does."""
+    monkeypatch.setattr(pack.nodes.id_attention, "optimized_attention", lambda q, *args, **kwargs: q)
+    person = with_photos(two_photos, [0, 1], [1.0, 0.5])
+    people = replace(identity, people=(person, identity.people[1]), thumbnails=torch.zeros(3, 3, 112, 112))
+    model = apply(people, 0.8, 0.1, 0.9, mask=torch.rand(2, 16, 16), strengths=torch.tensor([0.5, 1.0]))
+    model = apply(people, 0.8, mask=torch.rand(1, 16, 16), model=model)
+    for patch in attention_patches(model).values():
+        patch.to(torch.device("meta"))  # ComfyUI's call, whose result the model that samples never sees
+        width = patch.keys.shape[-1]
+        q, k, v = (torch.empty(4, length, width, device="meta", dtype=torch.float16) for length in (4, 7, 7))
+        options = {"n_heads": 4, "attn_precision": None, "cond_or_uncond": [1, 0], "activations_shape": [4, 32, 2, 2],
+                   "sigmas": torch.empty(2, device="meta")}
+        for first in (True, False):
+            with Copies() as copies:
+                out = patch(q, k, v, options)
+            assert out.device.type == "meta" and out.dtype == torch.float16
+            assert bool(copies.count) == first, "each is moved once"
+
+
+def attention_patches(model):
+    return model.model_options["transformer_options"]["patches_replace"]["attn2"]
+
+
+def test_nothing_stays_where_a_run_was(sample, nano, apply, identity):
+    """Unlike the weights, what the patches have placed is not ComfyUI's to unload."""
+    model = apply(identity, mask=torch.ones(1, 8, 8))
+    sample(model, nano.prompt)
+    assert not any(patch._placed or patch.region._resized for patch in attention_patches(model).values())
+
+
 def test_every_layer_fires_at_every_step(sample, pack, nano, apply, adapter, identity, monkeypatch):
     fired = Counter()
     call = pack.nodes.id_attention.IdentityAttention.__call__
@@ -116,6 +161,30 @@ def test_start_and_end_add_up(sample, nano, apply, identity):
     torch.testing.assert_close(sample(parts, nano.prompt, steps=4), sample(whole, nano.prompt, steps=4))
 
 
+def test_start_and_end_are_the_schedules_of_the_model_that_runs(sample, nano, apply, identity):
+    """Whether it is changed before or after Apply Identity."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    def zsnr(model):
+        return ModelSamplingDiscrete().patch(model, "v_prediction", True)[0]
+
+    before = apply(identity, start=0.1, end=0.6, model=zsnr(nano.model))
+    after = zsnr(apply(identity, start=0.1, end=0.6))
+    assert torch.equal(sample(before, nano.prompt, steps=6), sample(after, nano.prompt, steps=6))
+
+
+@pytest.mark.parametrize("end, said", [(0.2, "does nothing in this run: its steps lie between 0.3"), (0.6, "acts")])
+def test_a_part_that_a_run_never_meets_is_told(nano, apply, identity, shown, end, said):
+    from nodes import common_ksampler
+
+    latent = {"samples": torch.zeros(2, 4, 16, 16)}
+    options = (7, 1.0, "euler", "normal", nano.prompt, nano.prompt, latent)
+    drawn = [common_ksampler(model, 1, *options, denoise=0.7)[0]["samples"]
+             for model in (nano.model, apply(identity, end=end))]
+    assert said in shown["RIDFR_ApplyIdentity"]
+    assert torch.equal(*drawn) == (said != "acts")
+
+
 def test_chained_strengths_add_up(sample, nano, apply, identity):
     chained = sample(apply(identity, 0.5, model=apply(identity, 0.7)), nano.prompt)
     torch.testing.assert_close(chained, sample(apply(identity, 1.2), nano.prompt), rtol=1e-4, atol=1e-4)
@@ -126,7 +195,7 @@ def test_another_packs_patch_is_kept(sample, nano, apply, identity, index):
     """A patch that doubles the text attention, under either kind of key, goes on doing so and is moved."""
 
     class Doubled:
-        moved = 0
+        moved = cleaned = 0
 
         def __call__(self, q, k, v, extra_options):
             return 2 * attend(q, k, v, extra_options["n_heads"]).to(q)
@@ -135,11 +204,108 @@ def test_another_packs_patch_is_kept(sample, nano, apply, identity, index):
             Doubled.moved += 1
             return self
 
+        def cleanup(self):
+            Doubled.cleaned += 1
+
     doubled = nano.model.clone()
     doubled.set_model_attn2_replace(Doubled(), "middle", 0, index)
     both, plain = sample(apply(identity, 1e-6, model=doubled), nano.prompt), sample(nano.model, nano.prompt)
     torch.testing.assert_close(both, sample(doubled, nano.prompt), rtol=1e-3, atol=1e-3)
-    assert Doubled.moved and (both - plain).abs().max() > 0.01
+    assert Doubled.moved and Doubled.cleaned and (both - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("index", [None, 0])
+def test_the_patch_before_is_moved_in_place(nano, apply, identity, index):
+    """Also one whose `to` gives another object, as ComfyUI's own clones of a model's options keep the first."""
+
+    class There:
+        def __init__(self, device="cpu"):
+            self.device = device
+
+        def __call__(self, q, k, v, extra_options):
+            return q
+
+        def to(self, target):
+            return There(target) if isinstance(target, torch.device) else self
+
+    model = nano.model.clone()
+    model.set_model_attn2_replace(There(), "middle", 0, index)
+    model = apply(identity, model=model)
+    ours = next(patch for place, patch in attention_patches(model).items() if place[0] == "middle")
+    model.model_patches_to(torch.device("meta"))
+    assert ours.previous.device == torch.device("meta")
+
+
+class Sum:
+    """IPAdapter_plus's protocol, which InstantID and PuLID share: who comes second adds to the patch that is there.
+
+    A term is called as callback(out, q, k, v, extra_options, **options) between sigma_start and sigma_end.
+    """
+
+    def __init__(self, callback, **options):
+        self.terms = [(callback, options)]
+
+    def add(self, callback, **options):
+        self.terms.append((callback, options))
+
+    def __call__(self, q, k, v, extra_options):
+        out = attend(q, k, v, extra_options["n_heads"]).to(q)
+        sigma = extra_options["sigmas"][0].item()
+        for callback, options in self.terms:
+            if options["sigma_end"] <= sigma <= options["sigma_start"]:
+                out = out + callback(out, q, k, v, extra_options, **options)
+        return out
+
+    @classmethod
+    def apply(cls, model, weight, start=1e9, end=0.0):
+        """As their nodes do: a clone, whose dicts are copied, and in each layer a patch, or a term of the patch."""
+        model = model.clone()
+        options = model.model_options["transformer_options"] = model.model_options["transformer_options"].copy()
+        replaced = options["patches_replace"] = options.get("patches_replace", {}).copy()
+        layers = replaced["attn2"] = replaced.get("attn2", {}).copy()
+        blocks = [("input", i) for i in (1, 2, 4, 5, 7, 8)] + [("output", i) for i in range(3, 12)] + [("middle", 0)]
+        for place in blocks:
+            term = {"weight": weight, "sigma_start": start, "sigma_end": end}
+            if place in layers:
+                layers[place].add(cls.term, **term)
+            else:
+                layers[place] = cls(cls.term, **term)
+        return model
+
+    @staticmethod
+    def term(out, q, k, v, extra_options, weight, **options):
+        return 0 if weight == 0 else weight * q
+
+
+def test_packs_that_add_to_a_patch_may_come_before_and_after(sample, nano, apply, identity):
+    ours = apply(identity)
+    theirs_after, ours_after = Sum.apply(ours, 0.3), apply(identity, model=Sum.apply(nano.model, 0.3))
+    both = sample(theirs_after, nano.prompt)
+    torch.testing.assert_close(both, sample(ours_after, nano.prompt), rtol=1e-3, atol=1e-3)
+    alone = sample(ours, nano.prompt)
+    assert (both - alone).abs().max() > 0.01
+    again = sample(Sum.apply(theirs_after, -0.3), nano.prompt)
+    torch.testing.assert_close(again, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_what_others_add_to_a_clone_is_the_clones_own(sample, nano, apply, identity):
+    ours = apply(identity)
+    before = sample(ours, nano.prompt)
+    first, second = Sum.apply(ours, 0.3), Sum.apply(ours, 0.1)
+    assert torch.equal(sample(ours, nano.prompt), before)
+    small, large = ((sample(m, nano.prompt) - before).abs().max() for m in (second, first))
+    assert 1e-3 < small < large
+    Sum.apply(first, 5.0)
+    torch.testing.assert_close((sample(first, nano.prompt) - before).abs().max(), large)
+
+
+def test_what_others_add_acts_in_its_part_of_the_run(sample, nano, apply, identity):
+    def one_step(model):
+        return sample(model, nano.prompt, steps=1, sampler="euler")
+
+    ours = apply(identity)
+    early, late = (Sum.apply(ours, 0.3, *levels) for levels in ((1e9, 1.0), (1.0, 0.0)))
+    assert torch.equal(one_step(late), one_step(ours)) and not torch.equal(one_step(early), one_step(ours))
 
 
 @pytest.mark.parametrize("index", [None, 0])
@@ -234,6 +400,20 @@ def test_masks_of_one_and_of_nothing(sample, nano, apply, identity):
     assert moved[:8].mean() > moved[8:].mean()
 
 
+def test_a_mask_of_nothing_is_told(apply, identity, shown, pack):
+    black, white = torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
+
+    def told(*masks, **options):
+        shown.pop("RIDFR_ApplyIdentity", None)
+        apply(identity, mask=torch.cat(masks), **options)
+        return shown.get("RIDFR_ApplyIdentity", "")
+
+    assert "black everywhere, so the identity acts nowhere" in told(black) and told(black) == told(black, black)
+    assert told(black, white) == told(white) == ""
+    everyone = pack.nodes.apply_identity.ALL_IN_ONE
+    assert "mask of person 2 is black everywhere" in told(white, black, people=everyone)
+
+
 def test_all_people_in_one_picture(sample, nano, apply, identity, pack):
     """Each in their mask, as if they were applied one after the other."""
     masks = torch.zeros(2, 16, 16)
@@ -268,6 +448,18 @@ def test_strength_by_block(sample, nano, apply, identity, adapter, pack):
     assert len(found) == len(adapter.adapter.layers)
     thirds = apply(identity, down=0.3, middle=0.3, up=0.3)
     torch.testing.assert_close(sample(thirds, nano.prompt), sample(apply(identity, 0.3), nano.prompt))
+
+
+@pytest.mark.parametrize("sizes", [(3e38, 1.0), (1e-20, 1e-21), (1e-45, 1e-45)])
+def test_weights_of_any_size_compare(sample, nano, apply, identity, two_photos, sizes):
+    """Only their ratio matters."""
+
+    def sampled(weights):
+        person = with_photos(two_photos, [0, 1], weights)
+        return sample(apply(replace(identity, people=(person,))), nano.prompt, batch=1)
+
+    ratio = sizes[1] / sizes[0]
+    torch.testing.assert_close(sampled(list(sizes)), sampled([1.0, max(ratio, 1e-30)]), rtol=1e-3, atol=1e-3)
 
 
 def test_s_scale(sample, nano, apply, identity):
@@ -337,6 +529,48 @@ def test_sdxl_adapter_on_sd15(nodes, nano, pack, identity):
     )
     with pytest.raises(ValueError, match=r"sdxl.bin is for SDXL .* but the model is for SD1.5 .*load an adapter"):
         nodes["RIDFR_ApplyIdentity"].execute(nano.model, sdxl, identity, 1.0, 0.0, 1.0)
+
+
+def test_face_models_that_an_adapter_was_not_made_for(apply, adapter, identity, nodes, nano, pack):
+    """An adapter whose file says nothing is for photos, so it refuses the drawn portraits' recognisers."""
+    nano_model, judge = map(pack.ridfr_core.face_model.digest_of, pack.nodes.paths.own_recognisers())
+    assert identity.digest == nano_model == adapter.recogniser
+    photos = "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43"
+    node = nodes["RIDFR_ApplyIdentity"]
+
+    def applied(recogniser, digest):
+        node.execute(nano.model, replace(adapter, recogniser=recogniser), replace(identity, digest=digest), 1, 0, 1)
+
+    for recogniser, digest in ((nano_model, nano_model), (None, photos), (None, "bgr-" + photos), (photos, photos)):
+        applied(recogniser, digest)
+    for digest in (photos, judge, "bgr-" + nano_model):
+        with pytest.raises(ValueError, match="adapter identity_adapter.* was made for another face model"):
+            applied(nano_model, digest)
+    for digest in (nano_model, judge, "bgr-" + judge):
+        with pytest.raises(ValueError, match="which knows drawn portraits only, and the adapter .* is for photos"):
+            applied(None, digest)
+
+
+def test_embeddings_of_another_width(apply, identity):
+    narrow = replace(identity.people[1], embeddings=torch.randn(1, 128))
+    with pytest.raises(ValueError, match="reads face embeddings of width 512, but those of person 2 have width 128"):
+        apply(replace(identity, people=(identity.people[0], narrow)))
+
+
+def test_raw_embeddings(sample, nodes, nano, adapter, identity, pack):
+    """FaceID-portrait "unnorm" learnt them as long as the recogniser makes them; their length is the photo's `norm`."""
+    quality = pack.ridfr_core.identity.Quality(100, 0.9, 20.0, 1.0)
+    long = [replace(person, embeddings=person.embeddings * 20) for person in identity.people]
+    known = [replace(person, quality=(quality,)) for person in identity.people]
+    node = nodes["RIDFR_ApplyIdentity"]
+
+    def sampled(people, raw):
+        model = node.execute(nano.model, replace(adapter, raw=raw), replace(identity, people=tuple(people)), 1, 0, 1)[0]
+        return sample(model, nano.prompt)
+
+    assert torch.equal(sampled(known, True), sampled(long, False))
+    with pytest.raises(ValueError, match="reads raw face embeddings, whose length is not known for person 1: use the"):
+        sampled(identity.people, True)
 
 
 def test_identity_of_another_clip(apply, identity):

@@ -126,15 +126,114 @@ def test_a_folder_of_another_pack_keeps_its_extensions(pack, monkeypatch):
     [
         ("ip-adapter-faceid-plus_sd15.bin", "auto", False),
         ("ip-adapter-faceid-plusv2_sd15.bin", "auto", True),
+        ("ip_adapter_faceid_plus_sd15.bin", "auto", False),
+        ("IP-Adapter_FaceID-Plus_SDXL.bin", "auto", False),
+        ("ip_adapter_faceid_plus_v2_sd15.bin", "auto", True),
+        ("faceid.plusv2_sdxl.bin", "auto", True),
         ("mine.safetensors", "auto", True),
         ("mine.safetensors", "plus", False),
         ("ip-adapter-faceid-plus_sd15.bin", "plus v2", True),
     ],
 )
-def test_plus_and_plus_v2(nodes, pack, weights, tmp_path, monkeypatch, file, version, shortcut):
+def test_plus_and_plus_v2(nodes, pack, weights, tmp_path, monkeypatch, shown, file, version, shortcut):
     from safetensors.torch import load_file
 
     state = load_file(weights / "identity_adapter.safetensors")
     torch.save(state, tmp_path / file)
     monkeypatch.setattr(pack.nodes.paths, "model_file", lambda kind, name: tmp_path / name)
     assert nodes["RIDFR_LoadIdentityAdapter"].execute(file, version)[0].shortcut == shortcut
+    kind = "FaceID PlusV2" if shortcut else "FaceID Plus"
+    assert shown["RIDFR_LoadIdentityAdapter"].startswith(f"{kind} for SD1.5 with prompts of width 128; its LoRA: none")
+
+
+@pytest.fixture
+def adapter_file(pack, weights, tmp_path, monkeypatch):
+    """adapter_file(name, change, metadata) -> a file in the folder that the loader looks in."""
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setattr(pack.nodes.paths, "model_file", lambda kind, name: tmp_path / name)
+
+    def write(name, change=None, metadata=None):
+        state = load_file(weights / "identity_adapter.safetensors") | (change or {})
+        save_file({key: weight.contiguous() for key, weight in state.items()}, tmp_path / name, metadata)
+        return tmp_path / name
+
+    return write
+
+
+def test_what_training_writes_tells_the_version_and_the_face_model(nodes, adapter_file):
+    adapter_file("mine.safetensors", metadata={"ridfr.shortcut": "False", "ridfr.recogniser": "abc"})
+    loaded = nodes["RIDFR_LoadIdentityAdapter"].execute("mine.safetensors", "auto")[0]
+    assert not loaded.shortcut and loaded.recogniser == "abc" and not loaded.raw
+    raw = adapter_file("ip-adapter-faceid-portrait_sdxl_unnorm.safetensors")
+    assert nodes["RIDFR_LoadIdentityAdapter"].execute(raw.name, "auto")[0].raw
+
+
+def test_an_adapter_keeps_the_precision_of_its_file(nodes, adapter_file, weights, adapter, apply, identity, nano):
+    from safetensors.torch import load_file
+
+    half = {key: w.half() for key, w in load_file(weights / "identity_adapter.safetensors").items()}
+    path = adapter_file("half.safetensors", half, {"ridfr.recogniser": identity.digest})
+    loaded = nodes["RIDFR_LoadIdentityAdapter"].execute("half.safetensors", "auto")[0]
+    assert {p.dtype for p in loaded.adapter.parameters()} == {torch.float16}
+    assert loaded.patcher.model_size() <= path.stat().st_size
+    person = identity.people[0]
+    tokens = [one.adapter.tokens(person.embeddings, person.clip) for one in (loaded, adapter)]
+    torch.testing.assert_close(*tokens, rtol=0.02, atol=0.02)
+
+
+def test_instantids_adapter_is_named(nodes, pack, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    core = pack.ridfr_core.adapter
+    state = core.IdentityAdapter([64] * 70, 64, 512, id_dim=None, tokens=16, depth=1, width=128).state_dict()
+    save_file(state, tmp_path / "ip-adapter.safetensors")
+    monkeypatch.setattr(pack.nodes.paths, "model_file", lambda kind, name: tmp_path / name)
+    with pytest.raises(ValueError, match="'ip-adapter.safetensors' holds InstantID's adapter"):
+        nodes["RIDFR_LoadIdentityAdapter"].execute("ip-adapter.safetensors", "auto")
+
+
+def test_a_file_that_was_written_anew_is_loaded_anew(nodes, adapter_file):
+    """Also a LoRA that came later."""
+    def mark():
+        return nodes["RIDFR_LoadIdentityAdapter"].fingerprint_inputs("mine.safetensors", "auto")
+
+    path = adapter_file("mine.safetensors")
+    first = mark()
+    assert mark() == first
+    adapter_file("mine.safetensors", metadata={"longer": "than before"})
+    second = mark()
+    path.with_name("mine_lora.safetensors").write_bytes(b"lora")
+    third = mark()
+    path.with_name("mine_lora.safetensors").write_bytes(b"changed")
+    assert len({first, second, third, mark()}) == 4
+
+
+@pytest.mark.parametrize("with_identity", [False, True])
+def test_core_trains_a_lora_on_nano(nano, apply, identity, with_identity):
+    from comfy_extras.nodes_train import TrainLoraNode
+
+    model = apply(identity, mask=torch.ones(1, 8, 8), start=0.1) if with_identity else nano.model
+    options = {
+        "batch_size": 2, "grad_accumulation_steps": 1, "steps": 2, "learning_rate": 1e-3, "rank": 2,
+        "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "none", "lora_dtype": "fp32",
+        "quantized_backward": False, "algorithm": "LoRA", "gradient_checkpointing": False, "checkpoint_depth": 1,
+        "offloading": False, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
+    }
+    latents = [{"samples": torch.randn(2, 4, 16, 16)}]
+    lora, losses, _ = TrainLoraNode.execute(
+        model=[model], latents=latents, positive=[nano.prompt], **{name: [value] for name, value in options.items()}
+    ).args
+    assert len(losses["loss"]) == 2 and all(loss == loss for loss in losses["loss"])
+    assert any("lora_up" in key for key in lora)
+
+
+def test_nano_is_loaded_again_for_another_device(nano):
+    """What core's multi-GPU nodes ask for: weights of its own."""
+    for part in (nano.model, nano.clip.patcher, nano.vae.patcher):
+        make, arguments = part.cached_patcher_init
+        again = make(*arguments, disable_dynamic=True)
+        assert type(again.model) is type(part.model) and again.model is not part.model
+        theirs, ours = again.model.state_dict(), part.model.state_dict()
+        assert theirs.keys() == ours.keys()
+        assert part is nano.clip.patcher or all(torch.equal(theirs[key], ours[key]) for key in ours)
