@@ -6,6 +6,7 @@ pixels, and what arrives of it tells where the rows belong, whoever has cut them
 context windows, tiled diffusion.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,17 +20,16 @@ from ..ridfr_core.errors import RidfrError
 from .noise_range import NoiseRange
 
 KEY = "ridfr_identity"
-SHUFFLES = "SpotDiffusion"  # rolls the latents before it cuts tiles, and rolls conditioning otherwise than the latents
+ROLLS = "SpotDiffusion"  # of tiled diffusion: moves the latents by random steps before it cuts tiles
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A sampler run on latents [images, channels, *size]. shuffled: tiles may be from anywhere."""
+    """A sampler run on latents [images, channels, *size]; sampling: ComfyUI's model_sampling."""
 
     images: int
     size: tuple[int, int]
-    sampling: object  # ComfyUI's model_sampling
-    shuffled: bool
+    sampling: object
     _levels: dict[NoiseRange, tuple[float, float]] = field(default_factory=dict)
 
     def levels(self, part: NoiseRange) -> tuple[float, float]:
@@ -164,14 +164,38 @@ def number_pixels(executor, guider, sigmas, extra_args, callback, noise, *args, 
     if noise.ndim == 4:
         options = extra_args["model_options"]
         images, _, *size = noise.shape
-        shuffled = type(options.get("model_function_wrapper")).__name__ == SHUFFLES
-        options["transformer_options"][KEY] = Run(images, tuple(size), guider.inner_model.model_sampling, shuffled)
+        options["transformer_options"][KEY] = Run(images, tuple(size), guider.inner_model.model_sampling)
+        tiles = options.get("model_function_wrapper")
+        if hasattr(tiles, "batched_bboxes"):
+            options["model_function_wrapper"] = beside_tiles(tiles)
         numbers = torch.arange(images * size[0] * size[1], device=noise.device).view(images, 1, *size)
         for name, prompts in guider.conds.items():
             numbered = CONDNoiseShape(numbers if has_person(guider, name) else ~numbers)
             for prompt in prompts:
                 prompt["model_conds"] = {**prompt["model_conds"], KEY: numbered}
     return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+
+
+def beside_tiles(tiles: Callable) -> Callable:
+    """The wrapper of ComfyUI-TiledDiffusion, with the numbers cut as it cuts the latents.
+
+    It hands the model a batch of `batched_bboxes` at each call, and fails on conditioning of the latents' size.
+    """
+
+    def wrapper(apply_model, args):
+        conds, calls = dict(args["c"]), itertools.count()
+        numbers = conds.pop(KEY, None)
+
+        def tile(x, t, **c):
+            boxes = tiles.batched_bboxes[next(calls)]
+            if numbers is not None:
+                rolled = type(tiles).__name__ == ROLLS
+                c[KEY] = torch.cat([numbers if rolled else numbers[box.slicer] for box in boxes])
+            return apply_model(x, t, **c)
+
+        return tiles(tile, {**args, "c": conds})
+
+    return wrapper
 
 
 def has_person(guider, name: str) -> bool:
@@ -205,8 +229,7 @@ def know_rows(executor, x, t, c_concat=None, c_crossattn=None, control=None, tra
 def read(numbers: Tensor | None, run: Run, x: Tensor, t: Tensor) -> Rows:
     """The rows of a prediction of latents x [rows,C,h,w] at noise levels t [rows]."""
     pixels = run.size[0] * run.size[1]
-    whole = x.shape[2:] == run.size
-    if numbers is None and whole and len(x) % run.images == 0:
+    if numbers is None and x.shape[2:] == run.size and len(x) % run.images == 0:
         numbers = ~torch.arange(run.images * pixels, device=x.device).view(-1, 1, *run.size)
         numbers = numbers.repeat(len(x) // run.images, 1, 1, 1)
     if numbers is None:
@@ -220,5 +243,5 @@ def read(numbers: Tensor | None, run: Run, x: Tensor, t: Tensor) -> Rows:
     numbers = numbers[:, 0].to(x.device)
     nobody = numbers[:, 0, 0] < 0
     numbers = torch.where(numbers < 0, ~numbers, numbers)
-    placed = numbers.shape[1:] == x.shape[2:] and (whole or not run.shuffled)
+    placed = numbers.shape[1:] == x.shape[2:]
     return Rows(run.images, run.size, nobody, numbers[:, 0, 0] // pixels, numbers % pixels if placed else None, t, run)

@@ -183,10 +183,49 @@ class Tiles:
         return out / counts
 
 
-def with_tiles(model, prompts):
-    model = model.clone()
-    model.set_model_unet_function_wrapper(Tiles())
-    return cfg_guider(model, prompts)
+class BoxedTiles(Tiles):
+    """ComfyUI-TiledDiffusion's: it says where its tiles are, a list for each call, and cuts nothing but the latents."""
+
+    class Box:
+        def __init__(self, i, j, height, width):
+            self.slicer = (slice(None), slice(None), slice(i, i + height), slice(j, j + width))
+
+    batched_bboxes = ()
+
+    def __call__(self, apply_model, args):
+        x, t, c = args["input"], args["timestep"], args["c"]
+        assert not any(isinstance(value, torch.Tensor) and value.ndim == 4 for value in c.values())
+        height, width = (min(a, b) for a, b in zip(self.size, x.shape[2:], strict=True))
+        boxes = [
+            self.Box(min(i, x.shape[2] - height), min(j, x.shape[3] - width), height, width)
+            for i in range(0, x.shape[2], height)
+            for j in range(0, x.shape[3], width)
+        ]
+        self.batched_bboxes = [boxes[i : i + self.batch] for i in range(0, len(boxes), self.batch)]
+        out = torch.zeros_like(x)
+        for part in self.batched_bboxes:
+            conds = {k: v.repeat(len(part), *[1] * (v.ndim - 1)) if torch.is_tensor(v) else v for k, v in c.items()}
+            found = apply_model(torch.cat([x[box.slicer] for box in part]), t.repeat(len(part)), **conds)
+            for box, tile in zip(part, found.chunk(len(part)), strict=True):
+                out[box.slicer] = tile
+        return out
+
+
+class SpotDiffusion(BoxedTiles):
+    """Moves the picture before it cuts it."""
+
+    def __call__(self, apply_model, args):
+        moved = super().__call__(apply_model, {**args, "input": args["input"].roll(3, -1)})
+        return moved.roll(-3, -1)
+
+
+def tiled(tiles, guider=cfg_guider):
+    def make(model, prompts):
+        model = model.clone()
+        model.set_model_unet_function_wrapper(tiles)
+        return guider(model, prompts)
+
+    return make
 
 
 def windows(dim, length):
@@ -211,19 +250,15 @@ def bounds(model, prompts):
     return cfg_guider(model, prompts | {"positive": [[prompts["positive"][0][0], options]]})
 
 
-def tiles_of_areas(model, prompts):
-    model = model.clone()
-    model.set_model_unet_function_wrapper(Tiles())
-    return areas(model, prompts)
-
-
 CUTTERS = {
     "nothing": cfg_guider,
     "areas": areas,
     "percentages": percentages,
     "mask bounds": bounds,
-    "tiles": with_tiles,
-    "tiles of areas": tiles_of_areas,
+    "tiles": tiled(Tiles()),
+    "tiles of areas": tiled(Tiles(), areas),
+    "boxed tiles": tiled(BoxedTiles()),
+    "boxed tiles of areas": tiled(BoxedTiles(), areas),
     "windows over images": windows(0, 3),
     "windows over rows": windows(2, 8),
     "windows over columns": windows(3, 16),
@@ -268,7 +303,7 @@ def test_windows_over_a_batch_change_nothing(apply, identity, prompts):
     torch.testing.assert_close(guided(windows(0, 3)(model, prompts), noise=noise), plain, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cutter", ["areas", "tiles"])
+@pytest.mark.parametrize("cutter", ["areas", Tiles, BoxedTiles])
 def test_a_mask_acts_where_it_lies_in_the_whole_picture(apply, nano, identity, prompts, cutter):
     """The left half: a prediction of that half alone changes as without a mask, one of the right half not at all."""
     noise = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(3))
@@ -281,9 +316,7 @@ def test_a_mask_acts_where_it_lies_in_the_whole_picture(apply, nano, identity, p
             guider = areas(model, prompts)
             guider.set_cfg(1.0)  # the negative prompt sees the whole picture at once
             return guided(guider, noise=noise)
-        model = model.clone()
-        model.set_model_unet_function_wrapper(Tiles(16, 12))
-        return guided(cfg_guider(model, prompts), noise=noise)
+        return guided(tiled(cutter(16, 12))(model, prompts), noise=noise)
 
     blind, full, masked = sampled(nano.model), sampled(apply(person)), sampled(apply(person, mask=left))
     assert (full - blind).abs().amin((0, 1, 2)).max() > 1e-3
@@ -297,12 +330,10 @@ def crop_of_unknown_place(apply_model, args):
     return torch.cat([apply_model(half, t, **c) for half in args["input"].chunk(2, -1)], -1)
 
 
-@pytest.mark.parametrize("wrapper", [crop_of_unknown_place, type("SpotDiffusion", (Tiles,), {})()])
+@pytest.mark.parametrize("wrapper", [crop_of_unknown_place, SpotDiffusion()])
 def test_an_unknown_place_is_refused_where_it_matters(apply, identity, prompts, wrapper):
     def run(**options):
-        model = apply(each(identity, 2), **options)
-        model.set_model_unet_function_wrapper(wrapper)
-        return guided(cfg_guider(model, prompts))
+        return guided(tiled(wrapper)(apply(each(identity, 2), **options), prompts))
 
     assert torch.isfinite(run()).all()
     with pytest.raises(ValueError, match="mask of Apply Identity cannot be used here, .* disconnect the mask, or"):
@@ -310,12 +341,11 @@ def test_an_unknown_place_is_refused_where_it_matters(apply, identity, prompts, 
 
 
 def test_rows_that_nothing_tells_apart_are_refused(apply, identity, prompts):
-    model = apply(each(identity, 1))
-    model.set_model_unet_function_wrapper(
-        lambda apply_model, args: apply_model(args["input"].repeat(2, 1, 1, 1), args["timestep"].repeat(2), **args["c"])
-    )
+    def twice(apply_model, args):
+        return apply_model(args["input"].repeat(2, 1, 1, 1), args["timestep"].repeat(2), **args["c"])
+
     with pytest.raises(ValueError, match="Another node predicts 8 pictures for prompts of 4, .*: disconnect that node"):
-        guided(cfg_guider(model, prompts))
+        guided(tiled(twice)(apply(each(identity, 1)), prompts))
 
 
 @pytest.mark.parametrize(
