@@ -12,12 +12,11 @@ from .reference import SCHEDULE, SD15, SDXL, Pair, Photos, Size, comfy_model, di
 
 
 @pytest.fixture(scope="module")
-def pair(pack, tmp_path_factory) -> Callable[[Size], Pair]:
+def pair(nodes, tmp_path_factory) -> Callable[[Size], Pair]:
     """pair(size) -> a Pair; the adapter goes through a file into both."""
     import folder_paths
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UniPCMultistepScheduler
 
-    pack.nodes.paths.register_folders()
     folder = tmp_path_factory.mktemp("ipadapter")
     folder_paths.add_model_folder_path("ipadapter", str(folder))
 
@@ -26,7 +25,7 @@ def pair(pack, tmp_path_factory) -> Callable[[Size], Pair]:
         weights = unet_to_ldm(unet.state_dict())
         name = f"ip-adapter-faceid-plusv2_{size.base.lower()}.bin"
         torch.save(faceid_plus(unet, size), folder / name)
-        adapter = pack.nodes.loaders.LoadIdentityAdapter.execute(name, "auto")[0]
+        adapter = nodes["RIDFR_LoadIdentityAdapter"].execute(name, "auto")[0]
         parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor"))
         scheduler = UniPCMultistepScheduler(**SCHEDULE)
         if size.base == "SDXL":
