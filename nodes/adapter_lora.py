@@ -32,6 +32,7 @@ def find_lora(path: Path, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
     Empty if there is none. Raises CheckpointError if that file holds something else.
     """
     if lora := adapters.lora_of(state):
+        adapters.lora_pairs(lora, path.name)
         return lora, "in the file"
     file = lora_path(path)
     return (adapters.read_lora(file), file.name) if file else ({}, "none found")

@@ -249,11 +249,17 @@ def check_clip(adapter: ManagedAdapter, identity: Identity) -> None:
             f"The adapter {adapter.name} needs CLIP features but the identity has none: connect clip_vision to Extract "
             f"Identity, of Load Nano Models for nano, else of Load CLIP Vision (ViT-H for FaceID), of width {needed}."
         )
-    width = identity.clip_uncond.shape[-1]
-    if width != needed:
+    size = identity.clip_uncond.shape
+    for number, person in enumerate(identity.people, start=1):
+        if len(size) != 2 or person.clip.shape[1:] != size:
+            raise RidfrError(
+                f"The CLIP features of person {number} have the size {[*person.clip.shape[1:]]} but those of no one "
+                f"{[*size]}: extract the identity again."
+            )
+    if size[1] != needed:
         raise RidfrError(
             f"The adapter {adapter.name} needs a CLIP vision model of width {needed} but the identity was "
-            f"extracted with one of width {width}: extract it with the other."
+            f"extracted with one of width {size[1]}: extract it with the other."
         )
 
 

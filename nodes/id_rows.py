@@ -90,7 +90,7 @@ class Rows:
         pixel = self.pixel
         if len(masks) > 1:
             pixel = pixel + self._image(len(masks), "There are {} masks").view(-1, 1, 1) * masks[0].numel()
-        return resized(masks.take(pixel), height, width).flatten(1)[..., None]
+        return resized(masks.flatten()[pixel], height, width).flatten(1)[..., None]
 
     def within(self, part: NoiseRange | None, levels: tuple[float, float] | None) -> Tensor | None:
         """[rows or 1,1,1], true where the noise is between two levels; None for no limits.

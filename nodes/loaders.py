@@ -11,6 +11,7 @@ from ..ridfr_core import checkpoints
 from ..ridfr_core.adapter import IdentityAdapter
 from ..ridfr_core.content import CHOICES, understand
 from ..ridfr_core.face_model import digest_of, load_face_model
+from ..ridfr_core.nano.config import CONTEXT
 from . import nano, paths, types
 from .adapter_lora import find_lora, lora_path
 from .checks import checked
@@ -141,7 +142,6 @@ class LoadIdentityAdapter(io.ComfyNode):
         checkpoints.expect(state, "identity-adapter", path.name)
         adapter = IdentityAdapter.from_state_dict(state, eager(comfy.ops.manual_cast), path.name, keep_dtype=True)
         lora, where = find_lora(path, state)
-        shipped = file == paths.NANO
         loaded = ManagedAdapter(
             path.name,
             adapter,
@@ -149,11 +149,16 @@ class LoadIdentityAdapter(io.ComfyNode):
             managed(adapter),
             lora,
             raw="unnorm" in path.stem.lower(),
-            recogniser=digest_of(paths.own_recognisers()[0]) if shipped else metadata.get("ridfr.recogniser"),
+            recogniser=metadata.get("ridfr.recogniser") or recogniser_of(adapter),
         )
         told = f"{describe(loaded)}; its LoRA: {where}"
         PromptServer.instance.send_progress_text(told, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(loaded)
+
+
+def recogniser_of(adapter: IdentityAdapter) -> str | None:
+    """FaceModel.digest of nano's recogniser for an adapter of nano's width; of others, tensors don't tell it."""
+    return digest_of(paths.own_recognisers()[0]) if adapter.dim == CONTEXT else None
 
 
 def is_plus_v2(path: Path, metadata: dict[str, str]) -> bool:

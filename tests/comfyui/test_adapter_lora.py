@@ -146,7 +146,7 @@ def test_where_the_lora_is_found(nodes, pack, weights, tmp_path, monkeypatch, sh
 
 def test_another_file_in_the_loras_place_is_refused(nodes, pack, weights, tmp_path, monkeypatch):
     torch.save(load_file(weights / "identity_adapter.safetensors"), tmp_path / "face.bin")
-    save_file({"vision_model.x": torch.zeros(1)}, tmp_path / "face_lora.safetensors")
+    save_file({"something": torch.zeros(1)}, tmp_path / "face_lora.safetensors")
     monkeypatch.setattr(pack.nodes.paths, "model_file", lambda kind, name: tmp_path / name)
     with pytest.raises(ValueError, match="'face_lora.safetensors' holds nothing this pack knows, .* needs a LoRA"):
         nodes["RIDFR_LoadIdentityAdapter"].execute("face.bin", "auto")

@@ -579,6 +579,13 @@ def test_identity_of_another_clip(apply, identity):
         apply(replace(identity, people=(wide,), clip_uncond=torch.zeros(257, 1280)))
 
 
+@pytest.mark.parametrize("clip", [torch.zeros(1, 9, 128), torch.zeros(1, 65, 64)])
+def test_clip_features_that_differ(apply, identity, clip):
+    odd = replace(identity.people[1], clip=clip)
+    with pytest.raises(ValueError, match=r"CLIP features of person 2 have the size .* but those of no one \[65, 128\]"):
+        apply(replace(identity, people=(identity.people[0], odd)))
+
+
 def test_an_adapter_for_other_prompts(nodes, nano, adapter, identity, monkeypatch):
     """SD2 has the layers of SD1.5, but reads wider prompts: nothing else would stop an SD1.5 adapter there."""
     monkeypatch.setitem(nano.model.model.model_config.unet_config, "context_dim", 1024)

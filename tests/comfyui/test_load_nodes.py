@@ -161,10 +161,13 @@ def adapter_file(pack, weights, tmp_path, monkeypatch):
     return write
 
 
-def test_what_training_writes_tells_the_version_and_the_face_model(nodes, adapter_file):
+def test_what_training_writes_tells_the_version_and_the_face_model(nodes, adapter_file, face_model):
     adapter_file("mine.safetensors", metadata={"ridfr.shortcut": "False", "ridfr.recogniser": "abc"})
     loaded = nodes["RIDFR_LoadIdentityAdapter"].execute("mine.safetensors", "auto")[0]
     assert not loaded.shortcut and loaded.recogniser == "abc" and not loaded.raw
+    adapter_file("copy.safetensors")
+    copy = nodes["RIDFR_LoadIdentityAdapter"].execute("copy.safetensors", "auto")[0]
+    assert copy.recogniser == face_model.model.digest, "its width tells that it is nano's"
     raw = adapter_file("ip-adapter-faceid-portrait_sdxl_unnorm.safetensors")
     assert nodes["RIDFR_LoadIdentityAdapter"].execute(raw.name, "auto")[0].raw
 
@@ -180,6 +183,13 @@ def test_an_adapter_keeps_the_precision_of_its_file(nodes, adapter_file, weights
     person = identity.people[0]
     tokens = [one.adapter.tokens(person.embeddings, person.clip) for one in (loaded, adapter)]
     torch.testing.assert_close(*tokens, rtol=0.02, atol=0.02)
+
+
+def test_half_a_lora_inside_is_refused(nodes, adapter_file):
+    name = "ip_adapter.31.to_q_lora.up.weight"
+    adapter_file("mine.safetensors", {name: torch.ones(64, 2)})
+    with pytest.raises(ValueError, match="'mine.safetensors' lacks .*to_q.lora_down.weight"):
+        nodes["RIDFR_LoadIdentityAdapter"].execute("mine.safetensors", "auto")
 
 
 def test_instantids_adapter_is_named(nodes, pack, tmp_path, monkeypatch):
