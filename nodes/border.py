@@ -1,6 +1,9 @@
 """ComfyUI's IMAGE [B,H,W,C] to ridfr_core's images [B,3,H,W] and back, with the checks that several nodes share."""
 
+import torch
 from torch import Tensor
+
+from ..ridfr_core.errors import RidfrError
 
 SMALLEST_PHOTO = 32  # px of the shorter side: no detector finds a face in less
 
@@ -37,6 +40,22 @@ def to_photos(image: Tensor, what: str) -> Tensor:
 def to_comfy(images: Tensor) -> Tensor:
     """[B,3,H,W] -> [B,H,W,3] in [0,1]."""
     return images.movedim(1, -1).clamp(0, 1).contiguous().cpu()
+
+
+def fit_to(images: Tensor, size: tuple[int, int], what: str, to: str) -> Tensor:
+    """[B,3,H,W] in [0,1], scaled to `size` (height, width); what and to name the images and those of that size.
+
+    Raises RidfrError for another shape, for it would be stretched. A size that was rounded to a multiple of 8 passes.
+    """
+    (height, width), (to_height, to_width) = images.shape[-2:], size
+    if (height, width) == (to_height, to_width):
+        return images
+    if abs(to_width * height - to_height * width) >= 8 * max(height, width):
+        raise RidfrError(
+            f"{what} has {width}x{height} pixels and {to} {to_width}x{to_height}, which is another shape: crop one of "
+            "them so that both show the same part of the picture."
+        )
+    return torch.nn.functional.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def same_batch(a: Tensor, b: Tensor, what_a: str, what_b: str) -> tuple[Tensor, Tensor]:

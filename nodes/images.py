@@ -4,14 +4,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ridfr_core.color import adain_transfer, wavelet_transfer
+from ..ridfr_core.color import CHROMA, METHODS, fix_colors
 from ..ridfr_core.degradation import DegradationRange, degrade
+from ..ridfr_core.errors import RidfrError
 from ..ridfr_core.nano.portraits import SPLITS, render
 from . import types
-from .border import same_batch, to_comfy, to_core
+from .border import fit_to, same_batch, to_comfy, to_core
 from .checks import checked
-
-SEED = 0xFFFFFFFFFFFFFFFF
 
 EACH = " Each picture gets a random value between the two; make them equal for a fixed one."
 # input, name, default range, limits, tooltip; in the order of DegradationRange
@@ -53,7 +52,7 @@ class DegradeFace(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=SEED,
+                    max=types.LARGEST_SEED,
                     control_after_generate=True,
                     tooltip="The same seed spoils the same photos in the same way.",
                 ),
@@ -66,6 +65,11 @@ class DegradeFace(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, image: Tensor, seed: int, **bounds: float) -> io.NodeOutput:
+        for name, label, *_ in DEGRADATIONS:
+            least, most = bounds[f"{name}_min"], bounds[f"{name}_max"]
+            if least > most:
+                raise RidfrError(f"Degrade Face: {label}, least is {least:g}, more than {label}, most with {most:g}: "
+                                 "swap the two.")
         photos = to_core(image)
         generator = torch.Generator().manual_seed(seed)
         ranges = DegradationRange(*((bounds[f"{name}_min"], bounds[f"{name}_max"]) for name, *_ in DEGRADATIONS))
@@ -80,8 +84,12 @@ class ColorFix(io.ComfyNode):
             node_id="RIDFR_ColorFix",
             display_name="Color Fix",
             category=types.CATEGORY,
-            description="Gives a restored picture the colours of the degraded one, since restoring shifts them.",
-            search_aliases=["color correction", "colour fix", "color match", "wavelet color fix", "adain"],
+            description="Gives a restored picture the colours of the degraded one, since restoring shifts them. A "
+            "black-and-white, sepia or otherwise toned photo stays so.",
+            search_aliases=[
+                "color correction", "colour fix", "color match", "wavelet color fix", "adain", "black and white",
+                "sepia",
+            ],
             inputs=[
                 io.Image.Input("image", tooltip="The restored pictures: their details are kept."),
                 io.Image.Input(
@@ -91,7 +99,7 @@ class ColorFix(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=["wavelet", "adain"],
+                    options=list(METHODS),
                     default="wavelet",
                     tooltip="'wavelet' takes colour and light place by place, 'adain' only the overall tone.",
                 ),
@@ -103,19 +111,28 @@ class ColorFix(io.ComfyNode):
                     tooltip="For 'wavelet': how coarse the colours are that are taken. More levels leave more of "
                     "the restored picture as it is.",
                 ),
+                io.Combo.Input(
+                    "chroma",
+                    options=list(CHROMA),
+                    default="auto",
+                    tooltip="Where the fine colours come from, such as that of lips. 'restored': from the restored "
+                    "picture. 'tone': one colour for each brightness, as in a black-and-white or sepia photo. 'auto': "
+                    "'tone' where the degraded picture is such a photo, otherwise 'restored'. 'original': all from the "
+                    "degraded picture, with its stains.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The restored pictures in the other's colours.")],
         )
 
     @classmethod
     @checked
-    def execute(cls, image: Tensor, color_from: Tensor, method: str, levels: int) -> io.NodeOutput:
+    def execute(
+        cls, image: Tensor, color_from: Tensor, method: str, levels: int, chroma: str = "auto"
+    ) -> io.NodeOutput:
         image, color_from = same_batch(image, color_from, "The restored image", "the image with the colours")
-        content, style = to_core(image), to_core(color_from)
-        if style.shape != content.shape:
-            style = torch.nn.functional.interpolate(style, size=content.shape[-2:], mode="bicubic", antialias=True)
-        fixed = wavelet_transfer(content, style, levels) if method == "wavelet" else adain_transfer(content, style)
-        return io.NodeOutput(to_comfy(fixed))
+        content = to_core(image)
+        style = fit_to(to_core(color_from), content.shape[-2:], "The image with the colours", "the restored one")
+        return io.NodeOutput(to_comfy(fix_colors(content, style, method, chroma, levels)))
 
 
 class NanoPortraits(io.ComfyNode):
@@ -155,7 +172,7 @@ class NanoPortraits(io.ComfyNode):
     def execute(cls, first_person: int, people: int, view: int) -> io.NodeOutput:
         identities = SPLITS["test"][first_person : first_person + people]
         if len(identities) < people:
-            raise ValueError(
+            raise RidfrError(
                 f"There are {len(SPLITS['test'])} people to draw, numbered from 0, so {people} from number "
                 f"{first_person} are too many: start with a smaller number."
             )

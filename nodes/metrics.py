@@ -5,14 +5,17 @@ from comfy_api.latest import io
 from server import PromptServer
 from torch import Tensor
 
+from ..ridfr_core.errors import RidfrError
 from ..ridfr_core.faces import Detector
 from ..ridfr_core.metrics import identity_variance, landmark_distance, psnr, ssim
 from ..ridfr_core.perceptual import FULL_REFERENCE, METRICS, MetricAbsent, load, score
 from . import types
-from .border import same_batch, to_core
+from .border import fit_to, same_batch, to_core
 from .checks import checked
 from .identity import face_embeddings
 from .managed import ManagedFaceModel
+
+EQUAL = 100.0  # dB; the PSNR of equal pictures is infinite, and so would be the mean of a batch with one such pair
 
 
 class ImageQuality(io.ComfyNode):
@@ -29,7 +32,8 @@ class ImageQuality(io.ComfyNode):
                 io.Image.Input("image", tooltip="The pictures to judge."),
                 io.Image.Input(
                     "truth",
-                    tooltip="What they should look like: one for each, or one for all. Scaled to the pictures' size.",
+                    tooltip="What they should look like, in the same shape: one for each, or one for all. Scaled to "
+                    "the pictures' size.",
                 ),
                 types.FaceModel.Input(
                     "face_model",
@@ -46,7 +50,9 @@ class ImageQuality(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Float.Output(display_name="PSNR", tooltip="In decibels, the mean of all pictures; more is closer."),
+                io.Float.Output(
+                    display_name="PSNR", tooltip="In decibels, the mean of all pictures; more is closer, 100 is equal."
+                ),
                 io.Float.Output(display_name="SSIM", tooltip="Up to 1, the mean of all pictures; more is closer."),
                 io.String.Output(display_name="report", tooltip="A line for each measure: the mean and each picture."),
             ],
@@ -60,10 +66,9 @@ class ImageQuality(io.ComfyNode):
         cls, image: Tensor, truth: Tensor, perceptual: bool = False, face_model: ManagedFaceModel | None = None
     ) -> io.NodeOutput:
         image, truth = same_batch(image, truth, "The first input", "the truth")
-        images, truths = to_core(image), to_core(truth)
-        if truths.shape != images.shape:
-            truths = torch.nn.functional.interpolate(truths, size=images.shape[-2:], mode="bicubic", antialias=True)
-        found = {"PSNR": psnr(images, truths).tolist(), "SSIM": ssim(images, truths).tolist()}
+        images = to_core(image)
+        truths = fit_to(to_core(truth), images.shape[-2:], "The truth", "the picture to judge")
+        found = {"PSNR": psnr(images, truths).clamp(max=EQUAL).tolist(), "SSIM": ssim(images, truths).tolist()}
         if face_model is not None:
             found["LMD"] = landmark_distances(face_model.model.detector, images, truths)
         lines = [measure_line(name, values) for name, values in found.items()]
@@ -142,7 +147,7 @@ class IdentityVariance(io.ComfyNode):
     def execute(cls, face_model: ManagedFaceModel, images: Tensor) -> io.NodeOutput:
         found = [e for e in face_embeddings(face_model, to_core(images)) if e is not None]
         if len(found) < 2:
-            raise ValueError(
+            raise RidfrError(
                 f"A face was found in {len(found)} of {len(images)} images: connect at least two in which it can be "
                 "seen."
             )

@@ -11,12 +11,13 @@ from comfy.model_sampling import ModelSamplingDiscrete
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..ridfr_core.errors import RidfrError
 from ..ridfr_core.schedules import GRIDS, diffuse, timesteps
 from . import types
 from .checks import checked
 
 UNIPC, DDPM = "UniPC (RIDFR)", "DDPM (FaceMe)"
-SEED = 0xFFFFFFFFFFFFFFFF
+MOST_IMAGES = 10_000  # of a batch: noise is drawn for all indices up to the largest
 
 
 class PaperSampler(io.ComfyNode):
@@ -55,10 +56,17 @@ class PaperSampler(io.ComfyNode):
 
 
 def sample_unipc(model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
-    """UniPC of order 2 with B_2(h), its last step down to the given last sigma. An interface of k-diffusion's kind."""
-    if len(sigmas) < 3:
-        raise ValueError("UniPC needs at least 2 steps: ask the schedule for more.")
+    """UniPC of order 2 with B_2(h), its last step down to the given last sigma. An interface of k-diffusion's kind.
+
+    Raises RidfrError for fewer than 2 steps, and for levels that do not fall, between which the solver would divide by
+    zero.
+    """
     schedule = uni_pc.SigmaConvert()
+    check_falling(sigmas, "UniPC", least=3)
+    if not (schedule.marginal_lambda(sigmas[:-1]).diff() > 0).all():  # an infinite one minus another is NaN
+        raise RidfrError(
+            "UniPC needs noise levels that lie apart, and only the last may be below about 0.001: use Paper Schedule."
+        )
     solver = uni_pc.UniPC(partial(uni_pc.predict_eps_sigma, model, **extra_args or {}), schedule, variant="bh2")
     x = x / (1 + sigmas[0] ** 2).sqrt()  # the solver's x keeps unit variance
     order = min(2, len(sigmas) - 2)
@@ -124,7 +132,7 @@ class LQStartNoise(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=SEED,
+                    max=types.LARGEST_SEED,
                     control_after_generate=True,
                     tooltip="The same seed gives the same start.",
                 ),
@@ -135,19 +143,47 @@ class LQStartNoise(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model: ModelPatcher, latent: dict, sigmas: Tensor, seed: int) -> io.NodeOutput:
+        levels = noise_levels(model)
         samples = latent["samples"].cpu()
+        check_latent(samples, latent.get("batch_index"), model.get_model_object("latent_format").latent_channels)
+        check_falling(sigmas, "LQ Start Noise", least=2)
         noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
         to_model, from_model = (model.get_model_object(f"process_latent_{way}") for way in ("in", "out"))
-        start = diffuse(to_model(samples), noise, noise_levels(model)[-1])
+        start = diffuse(to_model(samples), noise, levels[-1])
         start = start * (1 + sigmas[0] ** 2).sqrt()  # as samplers scale it, who take it to be at their first level
         return io.NodeOutput({**latent, "samples": from_model(start)})
 
 
+def check_falling(sigmas: Tensor, who: str, least: int) -> None:
+    """Raises RidfrError unless `sigmas` are at least `least` noise levels that fall, none of them below 0."""
+    if len(sigmas) < least:
+        raise RidfrError(f"{who} needs at least {least - 1} steps, but there are {len(sigmas)} noise levels: ask the "
+                         "schedule for more.")
+    if not ((sigmas.diff() < 0).all() and sigmas[-1] >= 0):
+        shown = ", ".join(f"{sigma:.4g}" for sigma in sigmas[:6].tolist())
+        raise RidfrError(f"{who} needs noise levels that fall at every step and end at 0 or above, but they begin with "
+                         f"{shown}: use those of Paper Schedule or a stock scheduler node as they are.")
+
+
+def check_latent(samples: Tensor, batch_index, channels: int) -> None:
+    """Raises RidfrError unless `samples` are pictures' latents with the model's channels and an index for each."""
+    if samples.ndim != 4 or samples.shape[1] != channels:
+        size = "x".join(map(str, samples.shape))
+        raise RidfrError(f"The latent has the size {size}, but this model's are batch x {channels} x height x width: "
+                         "encode the degraded face with this model's VAE.")
+    if batch_index is None:
+        return
+    whole = isinstance(batch_index, (list, tuple)) and all(isinstance(index, int) for index in batch_index)
+    if not (whole and len(batch_index) == len(samples) and all(0 <= index < MOST_IMAGES for index in batch_index)):
+        raise RidfrError("The latent's batch_index does not fit its pictures (one number for each, from 0): look at "
+                         "the node that made it.")
+
+
 def noise_levels(model: ModelPatcher) -> Tensor:
-    """sigma of each of the model's training times [1000], rising. Raises ValueError for models of another kind."""
+    """sigma of each of the model's training times [1000], rising. Raises RidfrError for models of another kind."""
     sampling = model.get_model_object("model_sampling")
     if not isinstance(sampling, ModelSamplingDiscrete):
-        raise ValueError(
+        raise RidfrError(
             f"The papers' schedules are for models with a table of noise levels, as SD1.5 and SDXL, but this model "
             f"({type(model.model).__name__}) has none: use a stock scheduler node for it."
         )

@@ -9,3 +9,4 @@ Guidance = io.Custom("RIDFR_GUIDANCE")
 Strengths = io.Custom("RIDFR_STRENGTHS")  # Tensor [images]
 
 CATEGORY = "RIDFR"
+LARGEST_SEED = 0xFFFFFFFFFFFFFFFF

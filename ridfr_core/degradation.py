@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .errors import RidfrError
 from .packages import need
 
 MIN_SIZE = 32
@@ -53,7 +54,7 @@ def degrade(
             that wipes out all colour; "4:4:4" keeps a face's colours at any size.
         sigma, ratio, noise and quality are numbers or tensors [B], one per image.
     Returns: [B,3,H,W] float32 in [0,1] on the device of `image`.
-    Raises ValueError: smaller than 32x32, NaN or infinite values.
+    Raises RidfrError: smaller than 32x32, NaN or infinite values.
     """
     _check(image)
     seeds = torch.randint(2**62, (len(image),), generator=generator)
@@ -93,9 +94,9 @@ def jpeg(image: Tensor, quality: int, subsampling: str) -> Tensor:
 def _check(image: Tensor) -> None:
     height, width = image.shape[-2:]
     if min(height, width) < MIN_SIZE:
-        raise ValueError(
+        raise RidfrError(
             f"The image is {width}x{height} pixels, too small to degrade: use one of at least {MIN_SIZE}x{MIN_SIZE}."
         )
-    for i, one in enumerate(image):
+    for i, one in enumerate(image, 1):
         if not torch.isfinite(one).all():
-            raise ValueError(f"Image {i} has NaN or infinite values: check the node that made it.")
+            raise RidfrError(f"Image {i} has NaN or infinite values: check the node that made it.")

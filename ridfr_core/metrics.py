@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .color import luma
+from .errors import RidfrError
 from .packages import need
 
-LUMA = (0.299, 0.587, 0.114)  # BT.601, of R, G, B
+WINDOW = 11  # px, of SSIM
 
 
 def psnr(image: Tensor, truth: Tensor) -> Tensor:
@@ -23,11 +25,14 @@ def ssim(image: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity [B] of the luma of images [B,3,H,W] in [0,1], at least 11x11; pyiqa's convention.
 
     Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5, windows that reach over the border left out.
+    Raises RidfrError for smaller images.
     """
+    height, width = image.shape[-2:]
+    if min(height, width) < WINDOW:
+        raise RidfrError(f"The image has {width}x{height} pixels, too few for SSIM: use one of at least "
+                         f"{WINDOW}x{WINDOW}.")
     ssim_map = need("kornia.metrics").ssim
-    weights = torch.tensor(LUMA, device=image.device).view(1, 3, 1, 1)
-    luma, true_luma = ((x.float() * weights).sum(1, keepdim=True) for x in (image, truth))
-    return ssim_map(luma, true_luma, window_size=11, padding="valid").mean((1, 2, 3))
+    return ssim_map(luma(image.float()), luma(truth.float()), window_size=WINDOW, padding="valid").mean((1, 2, 3))
 
 
 def landmark_distance(landmarks: Tensor, truth: Tensor) -> Tensor:

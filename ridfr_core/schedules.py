@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .errors import RidfrError
+
 GRIDS = ("linspace", "leading")
 
 
@@ -12,10 +14,10 @@ def timesteps(grid: str, steps: int, train_steps: int = 1000) -> Tensor:
     Named as in Table 2 of arXiv:2305.08891, and numbered as in diffusers. For 1000 training steps:
         linspace: 20 steps are 999, 949, ..., 50. UniPC's, which has one interval more, down to time 0. RIDFR's.
         leading: 50 steps are 981, 961, ..., 1. DDPM's with an offset of 1, as SDXL's files have it. FaceMe's.
-    Raises ValueError for more than `train_steps / 2` steps, which would repeat times or leave the schedule.
+    Raises RidfrError for more than `train_steps / 2` steps, which would repeat times or leave the schedule.
     """
     if steps > train_steps // 2:
-        raise ValueError(
+        raise RidfrError(
             f"{steps} steps are too many for a model trained on {train_steps} noise levels: "
             f"ask for {train_steps // 2} at most."
         )

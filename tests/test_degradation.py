@@ -113,5 +113,5 @@ def test_too_small_an_image():
 def test_nan_names_the_image():
     images = torch.rand(3, 3, 40, 40)
     images[1, 0, 3, 3] = float("nan")
-    with pytest.raises(ValueError, match="Image 1 has NaN"):
+    with pytest.raises(ValueError, match="Image 2 has NaN"):
         degrade(images, 1, 2, 5, 50)

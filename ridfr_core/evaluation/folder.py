@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import IdentityAdapter
-from ..color import adain_transfer, wavelet_transfer
+from ..color import fix_colors
 from ..errors import RidfrError
 from ..face_model import FaceModel
 from ..faces import Detector, align
@@ -26,7 +26,6 @@ from ..restorer import KeysValues, Restorer
 from ..training.files import write_png
 from .guided import find_face, guided
 
-COLOR_FIX = {"wavelet": wavelet_transfer, "adain": adain_transfer}
 
 
 class EvaluationError(RidfrError):
@@ -155,7 +154,7 @@ def alike(a: tuple[int, int], b: tuple[int, int]) -> bool:
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     """What restores: the networks on `device`, and the guidance on the identity. size: of the faces, in pixels.
-    id_preserving: the step size of ID-preserving sampling, 0 without. color_fix: a key of COLOR_FIX, or None."""
+    id_preserving: the step size of ID-preserving sampling, 0 without. color_fix: a method of `fix_colors`, or None."""
 
     restorer: Restorer
     adapter: IdentityAdapter
@@ -186,7 +185,7 @@ class Pipeline:
             if not torch.isfinite(image).all():
                 raise EvaluationError(f"The restoration of '{task.lq}' has NaN or infinite values: a weight file is "
                                       "damaged or of another base, or --guidance is too strong.")
-        return COLOR_FIX[self.color_fix](restored, lq).clamp(0, 1) if self.color_fix else restored
+        return fix_colors(restored, lq, self.color_fix).clamp(0, 1) if self.color_fix else restored
 
     @lru_cache(maxsize=256)  # noqa: B019  one pipeline lives as long as the command
     def features(self, photo: Path) -> tuple[Tensor, Tensor]:
