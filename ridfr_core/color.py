@@ -14,7 +14,7 @@ LEVELS = 16  # of luma, at which a tone curve is known
 PLACES = 16  # areas to a side in which colour is judged; finer chroma is noise or JPEG
 # An image has one tone if its `colour` is below this. Measured, in 1/255: 0 for R = G = B; 0 to 5.1 for casts, sepia,
 # blue and split tones, clean, with JPEG of quality 30 to 90, noise of 15 or a mild `degrade` (22 photos and portraits);
-# 11 and more for 18 photos in colour, faces before an orange wall among them; 5.6 and more for 288 drawn portraits, 6 of
+# 11 and more for 18 colour photos, faces before an orange wall among them; 5.6 and more for 288 drawn portraits, 6 of
 # them below 7. Coarse colour noise looks like colour: 3 to 14 for grey or sepia at 16x16 pixels with noise of 10.
 COLOURLESS = 5.3 / 255
 
