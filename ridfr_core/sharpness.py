@@ -50,7 +50,7 @@ def _luminance(images: Tensor) -> Tensor:
 def _steps(images: Tensor) -> Tensor:
     """What rounding to 8 bits adds to the energy of the finest octave [B]; shrinking a picture averages it out."""
     levels = images * 255
-    rounded = (levels - levels.round()).abs().amax((1, 2, 3)) < 1e-3
+    rounded = (levels - levels.round()).abs().amax((1, 2, 3)) < 1e-5 * levels.amax((1, 2, 3))
     height, width = images.shape[-2:]
     return rounded * (STEPS / 12 / 255**2 * min(1, SIZE**2 / (height * width)))
 

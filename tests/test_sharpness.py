@@ -58,3 +58,29 @@ def test_each_image_is_judged_alone(faces):
 
 def test_a_plain_area_is_a_ruin():
     assert estimate_degradation(torch.full((1, 3, 64, 64), 0.5)).item() == 1
+
+
+@pytest.mark.parametrize("exposure", [0.3, 0.1, 0.05, 0.02])
+def test_a_dark_ruin_is_a_ruin(faces, exposure):
+    """Of 8 bits, too, whose rounding looks like detail: 0.0 to 0.5 came out at a tenth of the light and less."""
+    for level in [(3, 6, 0, 70), (4, 8, 10, 60), (6, 12, 15, 40), (4, 1, 0, 100)]:
+        ruin = degrade(faces, *level, generator=torch.Generator().manual_seed(3))
+        bright, dark = estimate_degradation(ruin), estimate_degradation((ruin * exposure * 255).round() / 255)
+        assert (dark - bright).abs().mean() < 0.2 and dark.min() > 0.75
+
+
+@pytest.mark.parametrize("exposure", [0.3, 0.1, 0.05])
+def test_a_dark_sharp_face_is_sharp(faces, exposure):
+    assert estimate_degradation((faces * exposure * 255).round() / 255).max() < 0.1
+
+
+@pytest.mark.parametrize("exposure", [0.1, 1e-3, 1e-6, 1e-12])
+def test_exposure_alone_changes_nothing(faces, exposure):
+    for level in LEVELS:
+        lq = degrade(faces, *level, generator=torch.Generator().manual_seed(3)) * 0.99  # off the steps of 8 bits
+        torch.testing.assert_close(estimate_degradation(lq * exposure), estimate_degradation(lq), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 1 / 255, 0.5, 1.0, 1e-30])
+def test_without_contrast_it_is_a_ruin(value):
+    assert estimate_degradation(torch.full((2, 3, 100, 80), value)).tolist() == [1, 1]
