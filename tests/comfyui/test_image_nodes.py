@@ -44,3 +44,89 @@ def test_grey_and_rgba(nodes, channels):
     odd = torch.cat([rgb, torch.rand(1, 128, 128, 1)], -1) if channels == 4 else rgb[..., :1]
     fixed = [nodes["RIDFR_ColorFix"].execute(image, photos, "wavelet", 5)[0] for image in (rgb, odd)]
     assert torch.equal(*fixed)
+
+
+def wrong(node, **inputs):
+    """The sentence with which a node refuses its inputs."""
+    with pytest.raises(ValueError) as failure:
+        node.execute(**inputs)
+    said = str(failure.value)
+    assert type(failure.value).__name__ == "RidfrError" and said[0].isupper() and said.endswith("."), said
+    return said
+
+
+def grey(photos):
+    return photos[..., 1:2].expand(-1, -1, -1, 3)
+
+
+SEPIA = torch.tensor([1.2, 1.0, 0.7])
+
+
+@pytest.mark.parametrize("method", ["wavelet", "adain"])
+def test_black_and_white_stays_so(nodes, method):
+    """The spread of R, G and B is 10 of 255 in the mean before, and 0 now, without any setting."""
+    photos = nodes["RIDFR_NanoPortraits"].execute(0, 2, 5)[0]
+    fixed = nodes["RIDFR_ColorFix"].execute(photos, grey(photos), method, 5)[0]
+    assert (fixed.amax(-1) - fixed.amin(-1)).max() * 255 < 0.1
+    assert fixed.std() > 0.05
+    sepia = nodes["RIDFR_ColorFix"].execute(photos, grey(photos) * SEPIA.clamp(max=1), method, 5)[0]
+    shown = sepia[sepia.amax(-1) < 0.99]
+    off = (shown[:, 2] - 0.7 * shown[:, 1]).abs()
+    assert off.mean() < 0.01 and off.quantile(0.99) < 0.03
+
+
+def test_chroma_is_a_choice(nodes):
+    photos = nodes["RIDFR_NanoPortraits"].execute(0, 2, 5)[0]
+    colours = nodes["RIDFR_NanoPortraits"].execute(2, 2, 5)[0]
+
+    def fixed(chroma, color_from):
+        return nodes["RIDFR_ColorFix"].execute(photos, color_from, "wavelet", 5, chroma=chroma)[0]
+
+    assert torch.equal(fixed("auto", colours), fixed("restored", colours))
+    assert torch.equal(fixed("auto", grey(colours)), fixed("tone", grey(colours)))
+    assert (fixed("restored", grey(colours)).amax(-1) - fixed("restored", grey(colours)).amin(-1)).mean() * 255 > 5
+    assert (fixed("original", colours) - fixed("restored", colours)).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("size", [(128, 96), (64, 128), (200, 1), (64, 48)])
+def test_another_shape_is_not_stretched(nodes, size):
+    other = torch.rand(1, *size, 3)
+    said = wrong(nodes["RIDFR_ColorFix"], image=torch.rand(2, 128, 128, 3), color_from=other, method="adain", levels=5)
+    assert f"{size[1]}x{size[0]} pixels" in said and "128x128" in said and "crop" in said
+
+
+@pytest.mark.parametrize("size, rounded", [((100, 130), (392, 512)), ((90, 67), (688, 512)), ((71, 64), (64, 64))])
+def test_sizes_rounded_to_multiples_of_8_are_one_shape(nodes, size, rounded):
+    image = torch.rand(1, *rounded, 3)
+    fixed = nodes["RIDFR_ColorFix"].execute(image, torch.rand(1, *size, 3), "adain", 5)[0]
+    assert fixed.shape == image.shape
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (16, 16), (2, 400)])
+@pytest.mark.parametrize("method", ["wavelet", "adain"])
+def test_color_fix_of_tiny_and_long_pictures(nodes, method, size):
+    image = torch.rand(1, *size, 3)
+    fixed = nodes["RIDFR_ColorFix"].execute(image, image.flip(1), method, 8)[0]
+    assert fixed.shape == image.shape and torch.isfinite(fixed).all()
+
+
+BOUNDS = {f"{name}_{end}": value for name, value in (("blur", 2.0), ("scale", 4.0), ("noise", 5.0), ("quality", 60.0))
+          for end in ("min", "max")}
+
+
+@pytest.mark.parametrize("name, label", [("blur", "blur"), ("scale", "downscale"), ("noise", "noise"),
+                                         ("quality", "JPEG quality")])
+def test_least_above_most(nodes, name, label):
+    changed = BOUNDS | {f"{name}_min": BOUNDS[f"{name}_max"] + 1}
+    said = wrong(nodes["RIDFR_DegradeFace"], image=torch.rand(1, 64, 64, 3), seed=1, **changed)
+    assert f"{label}, least is" in said and f"{label}, most" in said
+
+
+def test_degrading_small_and_long_pictures(nodes):
+    degrade = nodes["RIDFR_DegradeFace"].execute
+    hard = BOUNDS | {"scale_min": 64.0, "scale_max": 64.0, "blur_min": 20.0, "blur_max": 20.0}
+    for size in [(32, 32), (32, 6400)]:
+        degraded = degrade(torch.rand(1, *size, 3), 1, **hard)[0]
+        assert degraded.shape[1:3] == size and torch.isfinite(degraded).all()
+    said = wrong(nodes["RIDFR_DegradeFace"], image=torch.rand(1, 1, 40, 3), seed=1, **BOUNDS)
+    assert "40x1 pixels, too small to degrade" in said

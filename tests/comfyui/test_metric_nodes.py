@@ -43,3 +43,25 @@ def test_identity_variance(nodes, photos, pack, face_model):
     assert report == f"identity variance {variance:.4f} over 2 of 2"
     with pytest.raises(ValueError, match="A face was found in 1 of 1 images: connect at least two"):
         nodes["RIDFR_IdentityVariance"].execute(face_model, photos[:1])
+
+
+def test_equal_pictures_in_a_batch(nodes, photos):
+    """PSNR is infinite there; the mean of the batch is not."""
+    psnr, ssim, report = nodes["RIDFR_ImageQuality"].execute(photos, torch.cat([photos[:1], photos[:1]])).args
+    assert report.splitlines()[0].split("(")[1].startswith("100, ")
+    assert 50 < psnr < 70 and ssim < 1
+    assert nodes["RIDFR_ImageQuality"].execute(photos, photos)[:2] == (100, pytest.approx(1))
+
+
+@pytest.mark.parametrize(
+    "image, truth, says",
+    [
+        ((1, 8, 8, 3), (1, 8, 8, 3), "8x8 pixels, too few for SSIM: use one of at least 11x11"),
+        ((1, 1, 200, 3), (1, 1, 200, 3), "200x1 pixels, too few for SSIM"),
+        ((1, 128, 128, 3), (1, 128, 96, 3), "The truth has 96x128 pixels and the picture to judge 128x128"),
+    ],
+)
+def test_pictures_that_cannot_be_compared(nodes, image, truth, says):
+    with pytest.raises(ValueError, match=says) as failure:
+        nodes["RIDFR_ImageQuality"].execute(torch.rand(image), torch.rand(truth))
+    assert type(failure.value).__name__ == "RidfrError"

@@ -73,3 +73,63 @@ def test_a_flow_model_is_refused(nano, nodes, schedule, node):
             schedule(flow, "linspace", 20)
         else:
             nodes["RIDFR_LQStartNoise"].execute(flow, {"samples": torch.zeros(1, 4, 16, 16)}, torch.ones(2), 0)
+
+
+SIGMAS = {
+    "one": [14.6],
+    "equal": [3.0, 3.0, 3.0, 0.0],
+    "zeros": [0.0, 0.0, 0.0],
+    "rising": [0.0, 1.0, 14.6],
+    "negative": [14.6, 1.0, -1.0],
+    "from below zero": [-3.0, -4.0, -5.0],
+}
+
+
+@pytest.mark.parametrize("kind", SIGMAS)
+def test_noise_levels_that_do_not_fall(nano, nodes, sample_custom, kind):
+    """For both who take them. SamplerCustom hands them on as they are."""
+    sigmas = torch.tensor(SIGMAS[kind])
+    says = "needs noise levels that fall at every step|needs at least"
+    with pytest.raises(ValueError, match=f"LQ Start Noise ({says})"):
+        nodes["RIDFR_LQStartNoise"].execute(nano.model, {"samples": torch.zeros(1, 4, 16, 16)}, sigmas, 0)
+    with pytest.raises(ValueError, match=f"UniPC ({says})"):
+        sample_custom(nodes["RIDFR_PaperSampler"].execute("UniPC (RIDFR)")[0], sigmas)
+
+
+@pytest.mark.parametrize("sigmas", [[14.6, 1.0, 1e-5, 1e-6, 0.0], [14.6, torch.nan, 0.0]])
+def test_noise_levels_that_the_solver_cannot_tell_apart(nodes, sample_custom, sigmas):
+    """They gave a picture of NaN."""
+    with pytest.raises(ValueError, match="UniPC needs noise levels that"):
+        sample_custom(nodes["RIDFR_PaperSampler"].execute("UniPC (RIDFR)")[0], torch.tensor(sigmas))
+
+
+def test_small_and_large_noise_levels_are_taken(nodes, sample_custom):
+    for sigmas in ([4518.0, 14.6, 1.0, 0.01, 0.0], [14.6, 5.0, 1.0, 0.5]):
+        latent = sample_custom(nodes["RIDFR_PaperSampler"].execute("UniPC (RIDFR)")[0], torch.tensor(sigmas))
+        assert torch.isfinite(latent).all()
+
+
+@pytest.mark.parametrize(
+    "latent, says",
+    [
+        ({"samples": torch.zeros(1, 16, 16, 16)}, "has the size 1x16x16x16, but this model's are batch x 4 x"),
+        ({"samples": torch.zeros(1, 4, 3, 16, 16)}, "has the size 1x4x3x16x16"),
+        ({"samples": torch.zeros(2, 4, 16, 16), "batch_index": [1]}, "batch_index does not fit"),
+        ({"samples": torch.zeros(2, 4, 16, 16), "batch_index": [-1, -2]}, "batch_index does not fit"),
+        ({"samples": torch.zeros(2, 4, 16, 16), "batch_index": "ab"}, "batch_index does not fit"),
+        ({"samples": torch.zeros(1, 4, 16, 16), "batch_index": [10**9]}, "batch_index does not fit"),
+    ],
+)
+def test_odd_latents(nano, nodes, schedule, latent, says):
+    with pytest.raises(ValueError, match=says):
+        nodes["RIDFR_LQStartNoise"].execute(nano.model, latent, schedule(nano.model, "linspace", 4)[0], 0)
+
+
+def test_what_else_a_latent_holds_is_kept(nano, nodes, schedule):
+    latent = {"samples": torch.ones(2, 4, 16, 16), "batch_index": [5, 2], "noise_mask": torch.ones(1, 1, 128, 128)}
+    sigmas = schedule(nano.model, "linspace", 4)[0]
+    start = nodes["RIDFR_LQStartNoise"].execute(nano.model, latent, sigmas, 0)[0]
+    assert start.keys() == latent.keys() and start["noise_mask"] is latent["noise_mask"]
+    whole = {"samples": torch.ones(6, 4, 16, 16)}
+    both = nodes["RIDFR_LQStartNoise"].execute(nano.model, whole, sigmas, 0)[0]["samples"]
+    torch.testing.assert_close(start["samples"], both[[5, 2]])  # pictures 5 and 2 of a batch keep their noise
