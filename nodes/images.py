@@ -119,6 +119,7 @@ class ColorFix(io.ComfyNode):
                     "picture. 'tone': one colour for each brightness, as in a black-and-white or sepia photo. 'auto': "
                     "'tone' where the degraded picture is such a photo, otherwise 'restored'. 'original': all from the "
                     "degraded picture, with its stains.",
+                    optional=True,  # graphs in the API's format from before it was there lack it
                 ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The restored pictures in the other's colours.")],

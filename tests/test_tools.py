@@ -451,6 +451,20 @@ def test_outputs_are_sorted_into_the_sheets_columns():
     assert results.similarity["blind"] == [len("Similarity: blind") / 100, None]
 
 
+def test_the_last_photo_of_the_demo_is_black_and_white():
+    """And goes, with the others, wherever the degraded photos went."""
+    def node(kind, **inputs):
+        return {"class_type": kind, "inputs": inputs}
+
+    graph = {"3": node("RIDFR_NanoPortraits", people=6), "5": node("RIDFR_DegradeFace", image=["3", 0], seed=1),
+             "13": node("ControlNetApplyAdvanced", image=["5", 0]), "21": node("RIDFR_ColorFix", color_from=["5", 0])}
+    faded = demo.fade_last(graph)
+    assert faded["13"]["inputs"]["image"] == faded["21"]["inputs"]["color_from"] == ["photos", 0]
+    assert faded["others"]["inputs"] == {"image": ["5", 0], "batch_index": 0, "length": 5}
+    assert faded["last"]["inputs"] == {"image": ["5", 0], "batch_index": 5, "length": 1}
+    assert graph["13"]["inputs"]["image"] == ["5", 0]
+
+
 def test_table_has_a_row_per_person_and_the_mean_of_those_found_everywhere():
     lines = demo.table({"blind": [0.25, None], "RIDFR": [0.5, 0.75]}).removeprefix(demo.TITLE).splitlines()
     assert lines[1].split() == ["blind", "RIDFR"]

@@ -1,6 +1,7 @@
 """The demo: two graphs through a real server, and a contact sheet of what came out.
 
-workflows/ridfr_nano.json restores blindly and with RIDFR; ridfr_nano_guided.json adds ID-Preserving Sampling.
+workflows/ridfr_nano.json restores blindly and with RIDFR; ridfr_nano_guided.json adds ID-Preserving Sampling. Here the
+last person's degraded photo is black and white, as old ones are.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def demo(tree: Path, base: Path, sheet: Path) -> None:
         nodes = client.object_info()
         for path in WORKFLOWS:
             workflow = json.loads(path.read_text(encoding="utf-8"))
-            graph = to_api(workflow, nodes)
+            graph = fade_last(to_api(workflow, nodes))
             say(f"running {path.name} on {server.url}")
             results |= collect(workflow, graph, client.run(graph, Progress(graph))["outputs"])
         pictures = {column: [Image.open(io.BytesIO(client.image(entry))).convert("RGB")
@@ -84,6 +85,23 @@ def to_api(workflow: dict, object_info: dict) -> dict:
         raise StepError("Reading the workflow", f"this ComfyUI has no node {', '.join(missing)}",
                         "Look in the server's log for why the pack did not load.")
     return convert_ui_to_api(workflow, object_info)
+
+
+def fade_last(graph: dict) -> dict:
+    """The graph with the last of the degraded photos in black and white, by stock nodes, wherever it goes."""
+    lq = next(name for name, node in graph.items() if node["class_type"] == "RIDFR_DegradeFace")
+    others = graph[graph[lq]["inputs"]["image"][0]]["inputs"]["people"] - 1
+    faded = {
+        "others": ("ImageFromBatch", {"image": [lq, 0], "batch_index": 0, "length": others}),
+        "last": ("ImageFromBatch", {"image": [lq, 0], "batch_index": others, "length": 1}),
+        "light": ("ImageToMask", {"image": ["last", 0], "channel": "green"}),
+        "grey": ("MaskToImage", {"mask": ["light", 0]}),
+        "photos": ("ImageBatch", {"image1": ["others", 0], "image2": ["grey", 0]}),
+    }
+    rewired = {name: node | {"inputs": {slot: ["photos", 0] if value == [lq, 0] else value
+                                        for slot, value in node["inputs"].items()}} for name, node in graph.items()}
+    return rewired | {name: {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
+                      for name, (kind, inputs) in faded.items()}
 
 
 def collect(workflow: dict, graph: dict, outputs: dict) -> Results:
@@ -122,7 +140,8 @@ def draw(pictures: dict, similarity: dict[str, list[float | None]], sheet: Path)
 
     sheet.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(pictures, similarity, "RIDFR nano: people never seen in training",
-                  "ID: similarity to the ground truth, to a recogniser that restoration never used").save(sheet)
+                  "ID: similarity to the ground truth, to a recogniser that restoration never used. "
+                  "The last photo is black and white, and so is what comes of it.").save(sheet)
 
 
 class Progress:
