@@ -26,14 +26,14 @@ def to_photos(image: Tensor, what: str) -> Tensor:
     """`to_core` for images in which a face is looked for: none may be tiny or completely black."""
     height, width = image.shape[1:3]
     if min(height, width) < SMALLEST_PHOTO:
-        raise ValueError(
+        raise RidfrError(
             f"{upper(what)} 1 has only {width}x{height} pixels, and a face needs at least "
             f"{SMALLEST_PHOTO}: use a larger photo."
         )
     photos = to_core(image)
     for number, brightest in enumerate(photos.flatten(1).amax(1).tolist(), 1):
         if brightest <= 0:
-            raise ValueError(f"{upper(what)} {number} is completely black: connect a photo with a face.")
+            raise RidfrError(f"{upper(what)} {number} is completely black: connect a photo with a face.")
     return photos
 
 
@@ -59,8 +59,8 @@ def fit_to(images: Tensor, size: tuple[int, int], what: str, to: str) -> Tensor:
 
 
 def same_batch(a: Tensor, b: Tensor, what_a: str, what_b: str) -> tuple[Tensor, Tensor]:
-    """Two batches of equal length; a single image is repeated. Raises ValueError for any other pair of lengths."""
+    """Two batches of equal length; a single image is repeated. Raises RidfrError for any other pair of lengths."""
     if len(a) != len(b) and 1 not in (len(a), len(b)):
-        raise ValueError(f"{what_a} has {len(a)} images and {what_b} has {len(b)}: give both the same number, or one.")
+        raise RidfrError(f"{what_a} has {len(a)} images and {what_b} has {len(b)}: give both the same number, or one.")
     size = max(len(a), len(b))
     return a.expand(size, -1, -1, -1), b.expand(size, -1, -1, -1)

@@ -107,7 +107,8 @@ def _choice(value, options: list[str], what: str) -> str:
     if value not in options:
         more = f" and {len(options) - NAMED} more" if len(options) > NAMED else ""
         listed = ", ".join(map(repr, options[:NAMED])) + more
-        raise refused(what, f"is {str(value)[:60]!r}", "there is no such option", f"choose one of {listed}")
+        shown = repr(str(value)[:60]) if isinstance(value, (str, Real, type(None))) else f"a {type(value).__name__}"
+        raise refused(what, f"is {shown}", "there is no such option", f"choose one of {listed}")
     return value
 
 

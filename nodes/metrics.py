@@ -10,7 +10,7 @@ from ..ridfr_core.faces import Detector
 from ..ridfr_core.metrics import identity_variance, landmark_distance, psnr, ssim
 from ..ridfr_core.perceptual import FULL_REFERENCE, METRICS, MetricAbsent, load, score
 from . import types
-from .border import fit_to, same_batch, to_core
+from .border import fit_to, same_batch, to_core, to_photos
 from .checks import checked
 from .identity import face_embeddings
 from .managed import ManagedFaceModel
@@ -145,7 +145,7 @@ class IdentityVariance(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, face_model: ManagedFaceModel, images: Tensor) -> io.NodeOutput:
-        found = [e for e in face_embeddings(face_model, to_core(images)) if e is not None]
+        found = [e for e in face_embeddings(face_model, to_photos(images, "image")) if e is not None]
         if len(found) < 2:
             raise RidfrError(
                 f"A face was found in {len(found)} of {len(images)} images: connect at least two in which it can be "

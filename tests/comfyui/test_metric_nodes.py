@@ -65,3 +65,8 @@ def test_pictures_that_cannot_be_compared(nodes, image, truth, says):
     with pytest.raises(ValueError, match=says) as failure:
         nodes["RIDFR_ImageQuality"].execute(torch.rand(image), torch.rand(truth))
     assert type(failure.value).__name__ == "RidfrError"
+
+
+def test_variance_of_tiny_pictures(nodes, face_model):
+    with pytest.raises(ValueError, match="Image 1 has only 300x1 pixels, and a face needs at least 32"):
+        nodes["RIDFR_IdentityVariance"].execute(face_model, torch.rand(2, 1, 300, 3))
