@@ -1,6 +1,7 @@
 """Odd values for every input of every node: each call works, with finite results, or is refused in one sentence.
 
-A failure names its case; RIDFR_FUZZ=NODE:NUMBER runs that one alone, RIDFR_FUZZ_SEED another series, RIDFR_FUZZ_CASES more.
+A failure names its case; RIDFR_FUZZ=NODE:NUMBER runs that one alone, RIDFR_FUZZ_SEED another series, RIDFR_FUZZ_CASES
+more of each node.
 """
 
 import json
