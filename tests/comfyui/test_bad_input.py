@@ -82,6 +82,13 @@ def test_nan_in_an_image_to_fix(client):
     fails(client, bad, "Color Fix: image 2 has values that are not numbers")
 
 
+def test_colours_of_another_shape(client):
+    wide = node("EmptyImage", width=128, height=96, batch_size=1, color=0x808080)
+    fix = node("RIDFR_ColorFix", image=PORTRAITS, color_from=["wide", 0], method="wavelet", levels=5)
+    bad = graph(wide=wide, fix=fix, end=node("PreviewImage", images=["fix", 0]))
+    fails(client, bad, "The image with the colours has 128x96 pixels and the restored one 128x128, which is another")
+
+
 def test_images_of_different_number(client):
     three = node("RIDFR_NanoPortraits", first_person=0, people=3, view=1)
     compare = node("RIDFR_CompareIdentity", face_model=FACE, image_a=PORTRAITS, image_b=["three", 0])
