@@ -1,5 +1,6 @@
 """The papers' samplers as stock SAMPLER, SIGMAS and LATENT, for the stock node Sampler Custom."""
 
+import math
 from functools import partial
 
 import comfy.sample
@@ -63,9 +64,11 @@ def sample_unipc(model, x: Tensor, sigmas: Tensor, extra_args=None, callback=Non
     """
     schedule = uni_pc.SigmaConvert()
     check_falling(sigmas, "UniPC", least=3)
-    if not (schedule.marginal_lambda(sigmas[:-1]).diff() > 0).all():  # an infinite one minus another is NaN
+    steps = schedule.marginal_lambda(sigmas[:-1]).diff()
+    if not ((steps > 0) & steps.isfinite()).all():
         raise RidfrError(
-            "UniPC needs noise levels that lie apart, and only the last may be below about 0.001: use Paper Schedule."
+            "UniPC needs noise levels that lie apart, and all but the last between about 0.001 and a million: use those "
+            "of Paper Schedule."
         )
     solver = uni_pc.UniPC(partial(uni_pc.predict_eps_sigma, model, **extra_args or {}), schedule, variant="bh2")
     x = x / (1 + sigmas[0] ** 2).sqrt()  # the solver's x keeps unit variance
@@ -150,7 +153,7 @@ class LQStartNoise(io.ComfyNode):
         noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
         to_model, from_model = (model.get_model_object(f"process_latent_{way}") for way in ("in", "out"))
         start = diffuse(to_model(samples), noise, levels[-1])
-        start = start * (1 + sigmas[0] ** 2).sqrt()  # as samplers scale it, who take it to be at their first level
+        start = start * math.hypot(1, sigmas[0])  # as samplers scale it, who take it to be at their first level
         return io.NodeOutput({**latent, "samples": from_model(start)})
 
 

@@ -96,11 +96,17 @@ def test_noise_levels_that_do_not_fall(nano, nodes, sample_custom, kind):
         sample_custom(nodes["RIDFR_PaperSampler"].execute("UniPC (RIDFR)")[0], sigmas)
 
 
-@pytest.mark.parametrize("sigmas", [[14.6, 1.0, 1e-5, 1e-6, 0.0], [14.6, torch.nan, 0.0]])
+@pytest.mark.parametrize("sigmas", [[14.6, 1.0, 1e-5, 1e-6, 0.0], [14.6, torch.nan, 0.0], [1e30, 1.0, 0.0]])
 def test_noise_levels_that_the_solver_cannot_tell_apart(nodes, sample_custom, sigmas):
     """They gave a picture of NaN."""
     with pytest.raises(ValueError, match="UniPC needs noise levels that"):
         sample_custom(nodes["RIDFR_PaperSampler"].execute("UniPC (RIDFR)")[0], torch.tensor(sigmas))
+
+
+def test_a_start_at_a_huge_noise_level_is_finite(nano, nodes):
+    sigmas = torch.tensor([1e30, 1.0, 0.0])
+    start = nodes["RIDFR_LQStartNoise"].execute(nano.model, {"samples": torch.ones(1, 4, 16, 16)}, sigmas, 0)[0]
+    assert torch.isfinite(start["samples"]).all()
 
 
 def test_small_and_large_noise_levels_are_taken(nodes, sample_custom):
