@@ -67,7 +67,7 @@ def sample_unipc(model, x: Tensor, sigmas: Tensor, extra_args=None, callback=Non
     steps = schedule.marginal_lambda(sigmas[:-1]).diff()
     if not ((steps > 0) & steps.isfinite()).all():
         raise RidfrError(
-            "UniPC needs noise levels that lie apart, and all but the last between about 0.001 and a million: use those "
+            "UniPC needs noise levels that lie apart, all but the last between about 0.001 and a million: use those "
             "of Paper Schedule."
         )
     solver = uni_pc.UniPC(partial(uni_pc.predict_eps_sigma, model, **extra_args or {}), schedule, variant="bh2")
