@@ -27,7 +27,6 @@ from ..training.files import write_png
 from .guided import find_face, guided
 
 
-
 class EvaluationError(RidfrError):
     """A data set cannot be evaluated; the message says what is wrong and what to do."""
 
