@@ -67,9 +67,9 @@ def references_of(person: Person, choice: str, lq_embedding: Tensor | None = Non
     """The embeddings [N,512] that a face is compared with; the similarity is the largest of the N.
 
     choice: MEAN, the photos' weighted mean; BEST, all that have weight, so that at every step the most similar counts;
-    AUTO, the one most similar to the low-quality face [512], as the paper selects x_ref.
+    AUTO, the one most similar to the low-quality face [512], as the paper selects x_ref, or MEAN where no face is known.
     """
-    if choice == MEAN:
+    if choice == MEAN or choice == AUTO and lq_embedding is None:
         return mean_embedding(person)[None]
     if choice == AUTO:
         return person.embeddings[[best_photo(person, lq_embedding)]]
@@ -168,13 +168,17 @@ def guide(ascend: Callable[[Tensor, Tensor, Tensor, GuidedFace], tuple[Tensor, T
 def checkpoint_blocks(network: nn.Module) -> Iterator[None]:
     """Within it, each innermost block of a network keeps its input alone and is computed again for its gradient."""
     blocks = [module for module in network.modules() if _is_block(module)]
+    own = [vars(block).get("forward") for block in blocks]  # accelerate's hooks and other packs put one there
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in zip(blocks, own):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _is_block(module: nn.Module) -> bool:
