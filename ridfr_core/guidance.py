@@ -28,7 +28,7 @@ MEAN, BEST, AUTO = "mean", "best", "auto"
 # the defaults; docs/guidance.md has the measurements that they rest on
 STEP = 0.1
 FIND_EVERY = 5
-LARGEST = 2.0  # change of z0 in a prediction, of its own RMS at the face
+LARGEST = 0.5  # change of z0 in a prediction, of its own RMS at the face
 TINY = torch.finfo(torch.float32).tiny
 
 
