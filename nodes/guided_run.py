@@ -79,8 +79,8 @@ class GuidedSampling:
                 management.soft_empty_cache()
 
         def prepare_sampling(executor, patcher, noise_shape, conds, *args, **kw):
-            room = {KEY: [{"control": Room(runs[-1].memory())}]}
-            loaded, conds, models = executor(patcher, noise_shape, conds | room, *args, **kw)
+            rooms = [*conds.get(KEY, []), {"control": Room(runs[-1].memory())}]
+            loaded, conds, models = executor(patcher, noise_shape, conds | {KEY: rooms}, *args, **kw)
             return loaded, {name: cond for name, cond in conds.items() if name != KEY}, models
 
         def predict_noise(executor, x, timestep, *args, **kw):
