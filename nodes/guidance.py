@@ -31,8 +31,8 @@ from .managed import ManagedFaceModel
 from .noise_range import END, START, NoiseRange
 
 UNKNOWN = (
-    "This latent is not the result of a run that the guidance knows, so there is nothing to plot: connect the latent of "
-    "the sampler that has the guided model, and let it run again."
+    "This latent is not the result of a run that the guidance knows, so there is nothing to plot: connect the latent "
+    "of the sampler that has the guided model, and let it run again."
 )
 RELATIVE, RAW = "relative to the noise", "raw, as in the paper"
 USUAL_PLACE, LEAVE_ALONE = "take the usual place", "leave the picture alone"
@@ -191,12 +191,12 @@ class IDPreservingSampling(io.ComfyNode):
         check_recogniser(identity, face_model.model.name, face_model.model.digest)
         if isinstance(face_model.model.recogniser, OnnxRecogniser):
             raise GuidanceError(
-                f"The recogniser of the face model {face_model.model.name} passes no gradient, so that it cannot guide: "
-                "use a face model with an ArcFace ResNet for this node and for Extract Identity, such as buffalo_l or "
-                "antelopev2."
+                f"The recogniser of the face model {face_model.model.name} passes no gradient, so it cannot guide: use "
+                "a face model with an ArcFace ResNet, such as buffalo_l or antelopev2, here and in Extract Identity."
             )
         if step_size == 0 or start_percent >= end_percent:
-            return io.NodeOutput(model, Record(["Guidance is off: its step size is 0 or its range is empty."], off=True))
+            off = Record(["Guidance is off: its step size is 0 or its range is empty."], off=True)
+            return io.NodeOutput(model, off)
         if DECODE_MODES[decode].approximate:
             taesd_file(model.get_model_object("latent_format"))
         record = Record()

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..ridfr_core.guidance import Ascent, GuidanceError, guide
 from ..ridfr_core.guided_face import GuidedFace, Sight, guided_face, look_again
-from .guided_networks import Networks, Room, cheaper
 from .guidance_record import Curve, Reading, Record
+from .guided_networks import Networks, Room, cheaper
 from .managed import ManagedFaceModel
 from .noise_range import NoiseRange
 

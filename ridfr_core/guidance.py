@@ -28,7 +28,8 @@ MEAN, BEST, AUTO = "mean", "best", "auto"
 # the defaults; docs/guidance.md has the measurements that they rest on
 STEP = 0.1
 FIND_EVERY = 5
-LARGEST = 0.5  # change of z0 in a prediction, of its own RMS at the face
+
+LARGEST = 0.5  # change of z0 in a prediction, as a share of its own RMS at the face: docs/guidance.md has what it costs
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -67,7 +68,7 @@ def references_of(person: Person, choice: str, lq_embedding: Tensor | None = Non
     """The embeddings [N,512] that a face is compared with; the similarity is the largest of the N.
 
     choice: MEAN, the photos' weighted mean; BEST, all that have weight, so that at every step the most similar counts;
-    AUTO, the one most similar to the low-quality face [512], as the paper selects x_ref, or MEAN where no face is known.
+    AUTO, the one most similar to the low-quality face [512], as the paper selects x_ref, or MEAN where none is known.
     """
     if choice == MEAN or choice == AUTO and lq_embedding is None:
         return mean_embedding(person)[None]
@@ -125,9 +126,10 @@ class Ascent(nn.Module):
                 z0 = z0.detach().requires_grad_()
                 similarity = self.similarity(z0, face)
                 (gradient,) = torch.autograd.grad(similarity.sum(), z0)
-                moved = first + _within(LARGEST * _rms(first), z0.detach() + self._move(gradient, x - z0, sigma) - first)
-                z0 = torch.where(similarity < self.target, moved, z0).detach()
-                similarities.append(similarity.detach())
+                z0, similarity = z0.detach(), similarity.detach()
+                change = z0 + self._move(gradient, x - z0, sigma) - first
+                z0 = torch.where(similarity < self.target, first + _within(LARGEST * _rms(first), change), z0)
+                similarities.append(similarity)
         return z0, torch.cat(similarities)
 
     def _move(self, gradient: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -142,6 +144,7 @@ def _rms(x: Tensor) -> Tensor:
 
 
 def _within(largest: Tensor, change: Tensor) -> Tensor:
+    """The change, shortened to an RMS of at most `largest`."""
     return change * (largest / _rms(change).clamp_min(TINY)).clamp_max(1)
 
 

@@ -116,7 +116,7 @@ def test_raw_and_relative_steps(networks, scene):
 
 
 @pytest.mark.parametrize("sigma", [0.1, 14.6, 80.0, 4518.0])
-@pytest.mark.parametrize("step, relative, iterations", [(0.1, True, 1), (0.1, True, 4), (3.0, True, 1), (1e3, False, 2)])
+@pytest.mark.parametrize("step, relative, iterations", [(0.1, True, 1), (0.1, True, 4), (3, True, 1), (1e3, False, 2)])
 def test_the_change_of_z0_is_bounded(networks, scene, sigma, step, relative, iterations):
     _, denoised, _, faces = scene
     noise = torch.randn(denoised.shape, generator=torch.Generator().manual_seed(3)).double()

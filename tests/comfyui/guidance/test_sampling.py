@@ -279,7 +279,8 @@ def test_an_interrupted_run_has_no_curve(guided, nano, sample, pack, monkeypatch
     import comfy.model_management as management
 
     model, record = guided()
-    monkeypatch.setattr(pack.nodes.guided_run.Run, "show", lambda self, wait=False: management.interrupt_current_processing())
+    interrupt = lambda self, wait=False: management.interrupt_current_processing()  # noqa: E731
+    monkeypatch.setattr(pack.nodes.guided_run.Run, "show", interrupt)
     with pytest.raises(management.InterruptProcessingException):
         sample(model, nano.prompt)
     assert not record.curves

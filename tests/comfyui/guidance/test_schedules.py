@@ -104,7 +104,7 @@ def test_guidance_helps_or_leaves_alone(people, nano, change, kind, sampler, ste
     restored, judged, guided = people
     model = with_schedule(nano, change, kind)
     before, after = restored(model, sampler, steps), restored(guided(model), sampler, steps)
-    assert judged(after).mean() >= judged(before).mean() + 0.05
+    assert judged(after).mean() >= judged(before).mean()
     assert (after.flatten(1).std(1) <= 1.05 * before.flatten(1).std(1)).all(), "noise where the face was"
 
 
@@ -113,5 +113,5 @@ def test_other_steps_are_bounded_too(people, nano, settings):
     restored, judged, guided = people
     model = with_schedule(nano, ztsnr, "V_PREDICTION")
     before, after = restored(model, "euler", 4), restored(guided(model, **settings), "euler", 4)
-    assert judged(after).mean() >= judged(before).mean() - 0.02
+    assert judged(after).mean() >= judged(before).mean()
     assert (after.flatten(1).std(1) <= 1.1 * before.flatten(1).std(1)).all()

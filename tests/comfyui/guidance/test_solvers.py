@@ -111,13 +111,50 @@ def test_start_and_end_are_of_the_model_that_is_sampled(guided, nano, run):
     assert list(record.of(run(model, "euler", [80.0, 60.0, 40.0, 0.0])).similarity) == [0, 1]
 
 
-@pytest.mark.parametrize("sigmas", [[5.0, 5.0, 0.0], [2.0, 5.0, 1.0], [5.0, 2.0], [5.0], [], [0.0, 0.0], [3.0, 0.0, 0.0]])
+@pytest.mark.parametrize("sigmas", [[5.0, 5.0, 0.0], [2.0, 5.0, 1.0], [5.0, 2.0], [5.0], [], [0.0, 0.0], [3.0, 0, 0]])
 def test_odd_schedules(guided, nano, nodes, run, sigmas):
     """They work as far as they do without guidance."""
     model, record = guided()
     moved, plain = run(model, "euler", sigmas), run(nano.model, "euler", sigmas)
     assert torch.equal(moved.isfinite(), plain.isfinite())
     assert nodes["RIDFR_GuidancePlot"].execute(record, {"samples": moved.nan_to_num()})[0].isfinite().all()
+
+
+def test_guiders_with_several_prompts_or_models(guided, nano, nodes):
+    """The guided model's own guider guides. As the negative model of another, ComfyUI never asks it: the plot says so."""
+    from comfy.sample import prepare_noise
+    from comfy.samplers import sampler_object
+    from comfy_extras.nodes_custom_sampler import DualCFGGuider, DualModelGuider
+
+    model, record = guided()
+    prompt, latent = nano.prompt, torch.zeros(2, 4, 16, 16)
+    guiders = {
+        "dual cfg": lambda model: DualCFGGuider.execute(model, prompt, prompt, prompt, 2.0, 1.5, "regular")[0],
+        "dual model": lambda model: DualModelGuider.execute(model, prompt, 2.0, nano.model, prompt)[0],
+    }
+    sigmas, noise = torch.tensor([8.0, 2.0, 0.0]), prepare_noise(latent, 1)
+
+    def sampled(guider):
+        return guider.sample(noise, latent, sampler_object("euler"), sigmas)
+
+    for guider in guiders.values():
+        moved = sampled(guider(model))
+        assert len(record.of(moved).similarity) == 2 and not torch.equal(moved, sampled(guider(nano.model)))
+    negative = sampled(DualModelGuider.execute(nano.model, prompt, 2.0, model, prompt)[0])
+    assert nodes["RIDFR_GuidancePlot"].execute(record, {"samples": negative})[1].startswith("This latent is not the")
+
+
+def test_context_windows(guided, run):
+    """The model sees a part of the batch at a time, guidance all of it."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    def windowed(model):
+        return ContextWindowsManualNode.execute(model, 1, 0, "standard_static", 1, False, "flat", 0, False)[0]
+
+    model, record = guided()
+    moved = run(windowed(model), "euler", [8.0, 2.0, 0.0])
+    torch.testing.assert_close(moved, run(model, "euler", [8.0, 2.0, 0.0]), rtol=1e-3, atol=1e-3)
+    assert record.of(moved).faces == [1, 2] and len(record.of(moved).similarity) == 2
 
 
 def test_levels_that_are_no_numbers(guided, run):
