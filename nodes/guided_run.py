@@ -60,7 +60,7 @@ class GuidedSampling:
 
     def install(self, model: ModelPatcher) -> ModelPatcher:
         model = model.clone()
-        runs: list[Run] = []  # the last is going on; a sampler within a sampler has its own
+        runs: list[Run] = []  # the last is going on
 
         def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kw):
             run = Run(self, executor.class_obj.model_patcher, noise.shape, sigmas)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
 
@@ -150,6 +151,23 @@ def test_no_face_in_the_lq_image(guided, nano, sample, face_model, monkeypatch, 
     assert torch.equal(moved[1], plain[1]) and not torch.equal(moved[0], plain[0])
     model, record = guided(lq=lq * 0.1, no_face="leave the picture alone")
     assert torch.equal(sample(model, nano.prompt), plain) and not record.of(plain).similarity
+
+
+def test_no_face_means_the_average_of_the_references(guided, nano, sample, people, face_model, monkeypatch):
+    """What lies in the usual place of a picture without a face says nothing of the photos."""
+    detector = type(face_model.model.detector)
+    detect = detector.detect
+    monkeypatch.setattr(detector, "detect", lambda self, image: detect(self, image) if image.mean() > 0.3 else [])
+    noise = torch.rand(2, 128, 128, 3, generator=torch.Generator().manual_seed(3))
+    lq = noise * torch.tensor([1.0, 0.1]).view(2, 1, 1, 1)
+    photos = F.normalize(torch.randn(3, 512, generator=torch.Generator().manual_seed(4)), dim=1)
+    person = replace(people.people[0], embeddings=photos, weights=torch.ones(3))
+    who = replace(people, people=(person, person))
+    auto, mean, best = (
+        sample(guided(who=who, lq=lq, references=references)[0], nano.prompt)
+        for references in ("auto", "mean", "best")
+    )
+    assert torch.equal(auto[1], mean[1]) and not torch.equal(auto[0], mean[0]) and not torch.equal(auto[1], best[1])
 
 
 def test_a_picture_that_is_left_alone_is_not_searched_again(guided, nano, sample, face_model, monkeypatch):
