@@ -33,7 +33,7 @@ def line_chart(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, x
     def place(x: float, y: float) -> tuple[float, float]:
         return left + (right - left) * x / x_end, bottom - (bottom - top) * (y - low) / (high - low)
 
-    draw.text((left, 18), title, INK, large)
+    draw.text((left, 6), title, INK, large)
     draw.text((left, top - 8), y_label, PALE, font, anchor="lb")
     draw.text(((left + right) / 2, bottom + 46), x_label, PALE, font, anchor="mm")
     for mark in marks:

@@ -121,7 +121,7 @@ def test_odd_schedules(guided, nano, nodes, run, sigmas):
 
 
 def test_guiders_with_several_prompts_or_models(guided, nano, nodes):
-    """The guided model's own guider guides. As the negative model of another ComfyUI never asks it: the plot says so."""
+    """The guided model's own guider guides. As another's negative model ComfyUI never asks it: the plot says so."""
     from comfy.sample import prepare_noise
     from comfy.samplers import sampler_object
     from comfy_extras.nodes_custom_sampler import DualCFGGuider, DualModelGuider
