@@ -55,7 +55,7 @@ def test_the_range_holds_for_every_prediction(watched, run, nano, sampler):
     model, _, levels = watched(start_percent=0.3, end_percent=0.7)
     sampling = nano.model.get_model_object("model_sampling")
     first, last = map(sampling.percent_to_sigma, (0.3, 0.7))
-    run(model, sampler, [8.0, 4.2, 2.1, 1.1, 0.6, 0.0])
+    run(model, sampler, [3 * first, 0.95 * first, 1.05 * last, 0.3 * last, 0.0])  # both ends lie between two steps
     assert levels.guided == [level for level in levels.asked if first >= level >= last]
     assert 0 < len(levels.guided) < len(levels.asked)
 
