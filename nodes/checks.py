@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ridfr_core.errors import RidfrError
 from ..ridfr_core.identity import Identity
-from .guided_run import Record
+from .guidance_record import Record
 from .managed import ManagedAdapter, ManagedFaceModel
 
 DARKEST, BRIGHTEST = -0.5, 2.0  # sharpening and half precision overshoot 0..1 a little; -1..1 and 0..255 are mistakes

@@ -1,12 +1,12 @@
 """ID-Preserving Sampling (ID-PreFeR, section 3.4), and the plot of what it did."""
 
-import comfy.model_sampling as prediction
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from server import PromptServer
 from torch import Tensor
 
+from ..ridfr_core.face_model import OnnxRecogniser
 from ..ridfr_core.faces import align, usual_place
 from ..ridfr_core.guidance import (
     AUTO,
@@ -24,9 +24,16 @@ from ..ridfr_core.line_chart import line_chart
 from . import types
 from .border import to_photos
 from .checks import checked
-from .guided_run import GuidedSampling, Record, Settings, Subject, taesd_file
+from .guidance_record import Curve, Record
+from .guided_networks import taesd_file
+from .guided_run import GuidedSampling, Settings, Subject, check_fit
 from .managed import ManagedFaceModel
+from .noise_range import END, START, NoiseRange
 
+UNKNOWN = (
+    "This latent is not the result of a run that the guidance knows, so there is nothing to plot: connect the latent "
+    "of the sampler that has the guided model, and let it run again."
+)
 RELATIVE, RAW = "relative to the noise", "raw, as in the paper"
 USUAL_PLACE, LEAVE_ALONE = "take the usual place", "leave the picture alone"
 
@@ -93,7 +100,7 @@ class IDPreservingSampling(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="The part of the run at which guidance sets in: 0 is the beginning.",
+                    tooltip=START.format(what="guidance"),
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -102,7 +109,7 @@ class IDPreservingSampling(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="The part of the run at which guidance stops: 1 is the end.",
+                    tooltip=END.format(what="guidance"),
                 ),
                 io.Float.Input(
                     "target",
@@ -182,8 +189,14 @@ class IDPreservingSampling(io.ComfyNode):
     ) -> io.NodeOutput:
         check_fit(model, vae)
         check_recogniser(identity, face_model.model.name, face_model.model.digest)
+        if isinstance(face_model.model.recogniser, OnnxRecogniser):
+            raise GuidanceError(
+                f"The recogniser of the face model {face_model.model.name} passes no gradient, so it cannot guide: use "
+                "a face model with an ArcFace ResNet, such as buffalo_l or antelopev2, here and in Extract Identity."
+            )
         if step_size == 0 or start_percent >= end_percent:
-            return io.NodeOutput(model, Record(["Guidance is off: its step size is 0 or its range is empty."]))
+            off = Record(["Guidance is off: its step size is 0 or its range is empty."], off=True)
+            return io.NodeOutput(model, off)
         if DECODE_MODES[decode].approximate:
             taesd_file(model.get_model_object("latent_format"))
         record = Record()
@@ -192,8 +205,7 @@ class IDPreservingSampling(io.ComfyNode):
             step_size,
             step_kind == RELATIVE,
             iterations,
-            start_percent,
-            end_percent,
+            NoiseRange(start_percent, end_percent),
             target,
             decode,
             find_every,
@@ -202,23 +214,6 @@ class IDPreservingSampling(io.ComfyNode):
         if record.notes:
             PromptServer.instance.send_progress_text("\n".join(record.notes), cls.hidden.unique_id)
         return io.NodeOutput(GuidedSampling(vae, face_model, guided, settings, record).install(model), record)
-
-
-def check_fit(model: ModelPatcher, vae) -> None:
-    """Raises GuidanceError for a model that does not predict noise, and for the VAE of another latent space."""
-    sampling = model.get_model_object("model_sampling")
-    # of ComfyUI's kinds, those in which z0 = x - sigma * eps: epsilon, v, EDM and x0
-    if not isinstance(sampling, prediction.EPS) or isinstance(sampling, prediction.IMG_TO_IMG):
-        raise GuidanceError(
-            "ID-Preserving Sampling moves the predicted noise, and this model (a flow model, such as Flux or SD3) "
-            "predicts none: use one that does, such as SD1.5 or SDXL."
-        )
-    channels = model.get_model_object("latent_format").latent_channels
-    if vae.latent_dim != 2 or vae.latent_channels != channels:
-        raise GuidanceError(
-            f"The VAE has {vae.latent_channels} latent channels for {'pictures' if vae.latent_dim == 2 else 'video'} "
-            f"but the model has {channels} for pictures: connect the VAE that belongs to the model."
-        )
 
 
 def subjects(
@@ -238,11 +233,9 @@ def subjects(
                 f"No face was found in LQ image {number}: "
                 + ("its usual place is taken." if no_face == USUAL_PLACE else "it is not guided.")
             )
-    usual = usual_place(*pictures.shape[:-3:-1])
+    embeddings = embed_seen(face_model, pictures, landmarks) if references == AUTO else [None] * len(pictures)
+    usual = None if no_face == LEAVE_ALONE else usual_place(*pictures.shape[:-3:-1])
     places = [usual if found is None else found for found in landmarks]
-    embeddings = face_model.embed(align(pictures, torch.stack(places))) if references == AUTO else [None] * len(places)
-    if no_face == LEAVE_ALONE:
-        places = landmarks
     size = max(len(people), len(pictures))
     people, rows = list(people) * (size // len(people)), list(range(len(pictures))) * (size // len(pictures))
     return [
@@ -260,6 +253,17 @@ def find_face(face_model: ManagedFaceModel, picture: Tensor) -> Tensor | None:
     return found[0].landmarks if found else None
 
 
+def embed_seen(
+    face_model: ManagedFaceModel, pictures: Tensor, landmarks: list[Tensor | None]
+) -> list[Tensor | None]:
+    """The embedding [512] of each picture's face, None where none was found."""
+    rows = [row for row, found in enumerate(landmarks) if found is not None]
+    if not rows:
+        return [None] * len(pictures)
+    seen = face_model.embed(align(pictures[rows], torch.stack([landmarks[row] for row in rows])))
+    return [seen[rows.index(row)] if row in rows else None for row in range(len(pictures))]
+
+
 class GuidancePlot(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -270,35 +274,37 @@ class GuidancePlot(io.ComfyNode):
             description="Draws how alike each face and its person were at each step of the guided sampler run.",
             search_aliases=["similarity plot", "guidance curve", "id guidance plot"],
             inputs=[
-                types.Guidance.Input(
-                    "guidance",
-                    tooltip="From ID-Preserving Sampling. If two samplers use that node's model, it holds what the "
-                    "later one did.",
-                ),
-                io.Latent.Input(
-                    "latent", tooltip="The sampler's result: connecting it makes the plot wait for the sampler."
-                ),
+                types.Guidance.Input("guidance", tooltip="From the ID-Preserving Sampling whose model was sampled."),
+                io.Latent.Input("latent", tooltip="The sampler's result: the plot shows the run that gave it."),
             ],
             outputs=[
                 io.Image.Output(display_name="plot", tooltip="A line for each face; goes to Preview Image."),
                 io.String.Output(display_name="report", tooltip="The same in words, with what was not as expected."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     @checked
     def execute(cls, guidance: Record, latent: dict) -> io.NodeOutput:
-        steps = guidance.similarity
+        curve = guidance.of(latent["samples"])
+        title, notes = "Similarity to the reference", guidance.notes
+        if curve is None:
+            curve = Curve(1, [])
+            if not guidance.off:
+                title, notes = "Not a latent of this guidance", [UNKNOWN]
+                PromptServer.instance.send_progress_text(UNKNOWN, cls.hidden.unique_id)
         lines = {
-            f"picture {number}": [(step + 1, values[i]) for step, values in steps.items()]
-            for i, number in enumerate(guidance.faces)
+            f"picture {number}": [(step + 1, values[i]) for step, values in curve.similarity.items()]
+            for i, number in enumerate(curve.faces)
         }
-        chart = line_chart(lines, "Similarity to the reference", "step", "similarity (cosine)", max(guidance.steps, 1))
+        chart = line_chart(lines, title, "step", "similarity (cosine)", max(curve.steps, 1))
         report = [
             f"{name}: {points[0][1]:.3f} at step {points[0][0]}, {points[-1][1]:.3f} at step {points[-1][0]}"
             for name, points in lines.items()
             if points
         ]
         pixels = torch.frombuffer(bytearray(chart.tobytes()), dtype=torch.uint8).view(1, chart.height, chart.width, 3)
-        notes = [*guidance.notes, *guidance.fallbacks]
-        return io.NodeOutput(pixels / 255, "\n".join([*notes, *(report or ["No step was guided."])]))
+        if not report and UNKNOWN not in notes:
+            report = ["No step was guided."]
+        return io.NodeOutput(pixels / 255, "\n".join([*notes, *curve.notes, *report]))

@@ -29,6 +29,9 @@ MEAN, BEST, AUTO = "mean", "best", "auto"
 STEP = 0.1
 FIND_EVERY = 5
 
+LARGEST = 0.5  # change of z0 in a prediction, as a share of its own RMS at the face: docs/guidance.md has what it costs
+TINY = torch.finfo(torch.float32).tiny
+
 
 class GuidanceError(RidfrError):
     """Guidance cannot work on these inputs; the message says which, why and what to do."""
@@ -65,9 +68,9 @@ def references_of(person: Person, choice: str, lq_embedding: Tensor | None = Non
     """The embeddings [N,512] that a face is compared with; the similarity is the largest of the N.
 
     choice: MEAN, the photos' weighted mean; BEST, all that have weight, so that at every step the most similar counts;
-    AUTO, the one most similar to the low-quality face [512], as the paper selects x_ref.
+    AUTO, the one most similar to the low-quality face [512], as the paper selects x_ref, or MEAN where none is known.
     """
-    if choice == MEAN:
+    if choice == MEAN or choice == AUTO and lq_embedding is None:
         return mean_embedding(person)[None]
     if choice == AUTO:
         return person.embeddings[[best_photo(person, lq_embedding)]]
@@ -98,7 +101,7 @@ class FaceSimilarity(nn.Module):
 
 
 class Ascent(nn.Module):
-    """Eq. 7, several times on one element.
+    """Eq. 7, several times on one element, written in z0 = x - sigma * eps: no large numbers cancel at a high sigma.
 
     step: delta; relative: as a fraction of the noise's RMS over the gradient's, else as it stands in the equation;
     target: the similarity at which it stops; checkpointed: see `DecodeMode`. The gradient is taken within `forward`, so
@@ -111,43 +114,55 @@ class Ascent(nn.Module):
         self.similarity, self.step, self.relative = similarity, step, relative
         self.iterations, self.target, self.checkpointed = iterations, target, checkpointed
 
-    def forward(self, eps: Tensor, x: Tensor, sigma: Tensor, face: GuidedFace) -> tuple[Tensor, Tensor]:
-        """eps, x: [1,C,h,w], the face's window; sigma: []. Returns (eps~, the similarity before each update [K]).
+    def forward(self, z0: Tensor, x: Tensor, sigma: Tensor, face: GuidedFace) -> tuple[Tensor, Tensor]:
+        """z0, x: [1,C,h,w], the face's window; sigma: []. Returns (z0~, the similarity before each update [K]).
 
-        Where the similarity is not below the target, or is not a number, eps stays as it is.
+        The RMS of z0's change is at most LARGEST of its own. Where the similarity is not below the target, or is not a
+        number, z0 stays as it is.
         """
-        similarities = []
+        first, similarities = z0, []
         with torch.enable_grad(), checkpoint_blocks(self.similarity.decoder) if self.checkpointed else nullcontext():
             for _ in range(self.iterations):
-                eps = eps.detach().requires_grad_()
-                similarity = self.similarity(x - sigma * eps, face)
-                (gradient,) = torch.autograd.grad(similarity.sum(), eps)
-                if self.relative:
-                    gradient = gradient * (_rms(eps) / _rms(gradient).clamp_min(torch.finfo(eps.dtype).tiny))
-                eps = torch.where(similarity < self.target, eps + self.step * gradient, eps).detach()
-                similarities.append(similarity.detach())
-        return eps, torch.cat(similarities)
+                z0 = z0.detach().requires_grad_()
+                similarity = self.similarity(z0, face)
+                (gradient,) = torch.autograd.grad(similarity.sum(), z0)
+                z0, similarity = z0.detach(), similarity.detach()
+                change = z0 + self._move(gradient, x - z0, sigma) - first
+                z0 = torch.where(similarity < self.target, first + _within(LARGEST * _rms(first), change), z0)
+                similarities.append(similarity)
+        return z0, torch.cat(similarities)
+
+    def _move(self, gradient: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """-sigma * (eps~ - eps). gradient: by z0, -1/sigma of that by eps; noise: sigma * eps."""
+        if self.relative:
+            return self.step * _rms(noise) / _rms(gradient).clamp_min(TINY) * gradient
+        return self.step * sigma.square() * gradient
 
 
 def _rms(x: Tensor) -> Tensor:
     return x.square().mean().sqrt()
 
 
+def _within(largest: Tensor, change: Tensor) -> Tensor:
+    """The change, shortened to an RMS of at most `largest`."""
+    return change * (largest / _rms(change).clamp_min(TINY)).clamp_max(1)
+
+
 def guide(ascend: Callable[[Tensor, Tensor, Tensor, GuidedFace], tuple[Tensor, Tensor]], x: Tensor, denoised: Tensor,
           sigma: Tensor, faces: Sequence[GuidedFace | None]) -> tuple[Tensor, Tensor]:
     """Eq. 7 on each element of a batch that has a face, one after the other: the memory does not grow with the batch.
 
-    ascend: an `Ascent`. x: [B,C,h,w] as z0 + sigma * eps; denoised: the model's z0, from which eps follows whatever the
-    model predicts (epsilon, v, z0); sigma: [B]. Returns (the guided z0, similarities before each update [faces,K]).
+    ascend: an `Ascent`. x: [B,C,h,w] as z0 + sigma * eps; denoised: the model's z0, whatever it predicts (epsilon, v,
+    z0); sigma: [B]. All is computed in float32 or better. Returns (the guided z0, similarities before each update
+    [faces,K]).
     """
     guided, similarities = denoised.clone(), []
+    precise = torch.promote_types(denoised.dtype, torch.float32)
     for i, face in enumerate(faces):
         if face is None:
             continue
-        x_face, z0 = x[i:i + 1][face.window], denoised[i:i + 1][face.window]
-        eps = (x_face - z0) / sigma[i]
-        moved, similarity = ascend(eps, x_face, sigma[i], face)
-        guided[i:i + 1][face.window] = z0 - sigma[i] * (moved - eps)
+        z0, x_face = (latents[i:i + 1][face.window].to(precise) for latents in (denoised, x))
+        guided[i:i + 1][face.window], similarity = ascend(z0, x_face, sigma[i].to(precise), face)
         similarities.append(similarity)
     return guided, torch.stack(similarities)
 
@@ -156,13 +171,17 @@ def guide(ascend: Callable[[Tensor, Tensor, Tensor, GuidedFace], tuple[Tensor, T
 def checkpoint_blocks(network: nn.Module) -> Iterator[None]:
     """Within it, each innermost block of a network keeps its input alone and is computed again for its gradient."""
     blocks = [module for module in network.modules() if _is_block(module)]
+    own = [vars(block).get("forward") for block in blocks]  # accelerate's hooks and other packs put one there
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in zip(blocks, own):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from ridfr_core.faces import ARCFACE_TEMPLATE, FFHQ_TEMPLATE, align
 from ridfr_core.guidance import (
     AUTO,
     BEST,
+    LARGEST,
     MEAN,
     Ascent,
     FaceSimilarity,
@@ -69,14 +70,15 @@ def scene():
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradient_of_the_whole_chain_in_float64(networks, scene, checkpointed):
-    """eps -> z0 -> crop -> decoder -> warp -> ArcFace -> cosine, against central differences in random directions."""
+    """eps -> z0 -> crop -> decoder -> warp -> ArcFace -> cosine, against central differences in random directions: the
+    change of eps is the gradient by eps."""
     x, denoised, sigma, faces = scene
     face = faces[0]
     x, z0 = x[:1][face.window], denoised[:1][face.window]
     eps = (x - z0) / sigma[0]
     step = 0.01
-    moved, similarity = Ascent(networks, step, relative=False, checkpointed=checkpointed)(eps, x, sigma[0], face)
-    gradient = (moved - eps) / step
+    moved, similarity = Ascent(networks, step, relative=False, checkpointed=checkpointed)(z0, x, sigma[0], face)
+    gradient = ((x - moved) / sigma[0] - eps) / step
 
     def cosine(eps):
         return networks(x - sigma[0] * eps, face)
@@ -101,15 +103,59 @@ def test_raw_and_relative_steps(networks, scene):
     """A relative step moves the noise by that share of its RMS; the raw one by the gradient as it stands."""
     x, denoised, sigma, faces = scene
     window = faces[0].window
-    x, eps = x[:1][window], ((x - denoised) / sigma.view(-1, 1, 1, 1))[:1][window]
+    x, z0 = x[:1][window], denoised[:1][window]
+    eps = (x - z0) / sigma[0]
 
     def moved(step, relative):
-        return Ascent(networks, step, relative)(eps, x, sigma[0], faces[0])[0] - eps
+        return (x - Ascent(networks, step, relative)(z0, x, sigma[0], faces[0])[0]) / sigma[0] - eps
 
-    raw, relative = moved(0.3, False), moved(0.3, True)
+    raw, relative = moved(0.1, False), moved(0.1, True)
     torch.testing.assert_close(F.cosine_similarity(raw.flatten(), relative.flatten(), 0), torch.ones(()).double())
-    torch.testing.assert_close(relative.square().mean(), 0.09 * eps.square().mean())
-    torch.testing.assert_close(moved(0.6, False), 2 * raw)
+    torch.testing.assert_close(relative.square().mean(), 0.01 * eps.square().mean())
+    torch.testing.assert_close(moved(0.2, False), 2 * raw)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 14.6, 80.0, 4518.0])
+@pytest.mark.parametrize("step, relative, iterations", [(0.1, True, 1), (0.1, True, 4), (3, True, 1), (1e3, False, 2)])
+def test_the_change_of_z0_is_bounded(networks, scene, sigma, step, relative, iterations):
+    _, denoised, _, faces = scene
+    noise = torch.randn(denoised.shape, generator=torch.Generator().manual_seed(3)).double()
+    x, sigma = denoised + sigma * noise, torch.full((2,), sigma).double()
+    guided, _ = guide(Ascent(networks, step, relative, iterations), x, denoised, sigma, faces)
+    for i, face in enumerate(faces):
+        moved, z0, eps = (latents[i][face.window] for latents in (guided - denoised, denoised, noise))
+        share = moved.square().mean().sqrt() / z0.square().mean().sqrt()
+        assert 0 < share <= LARGEST * (1 + 1e-6)
+        if relative and iterations == 1:  # up to there it is the share of the noise
+            expected = step * sigma[i] * eps.square().mean().sqrt() / z0.square().mean().sqrt()
+            torch.testing.assert_close(share, expected.clamp_max(LARGEST))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_at_a_high_sigma(networks, scene, dtype):
+    """4518 squared is beyond float16, and x - sigma * eps would cancel: what is given is all that is lost."""
+    _, denoised, _, faces = scene
+    single, sigma = networks.float(), torch.full((2,), 4518.0)
+    try:
+        faces = [face.to(torch.float32) for face in faces]
+        half = denoised.to(dtype)
+        noise = torch.randn(denoised.shape, generator=torch.Generator().manual_seed(4))
+        x = (denoised + 4518 * noise).to(dtype)
+        guided, similarity = guide(Ascent(single, 0.1), x, half, sigma.to(dtype), faces)
+        exact, _ = guide(Ascent(single, 0.1), x.float(), half.float(), sigma, faces)
+    finally:
+        networks.double()
+    assert guided.dtype == dtype and guided.isfinite().all() and similarity.isfinite().all()
+    torch.testing.assert_close(guided, exact.to(dtype))
+    assert not torch.equal(guided, half)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-6])
+def test_no_noise_is_no_change(networks, scene, sigma):
+    _, denoised, _, faces = scene
+    x = denoised + sigma * torch.randn(denoised.shape, generator=torch.Generator().manual_seed(4)).double()
+    guided, _ = guide(Ascent(networks, 0.1), x, denoised, torch.full((2,), sigma).double(), faces)
+    torch.testing.assert_close(guided, denoised, rtol=0, atol=1e-5)
 
 
 def test_a_batch_is_its_elements(networks, scene):
@@ -200,12 +246,13 @@ def test_the_part_that_passes_no_gradient_is_named(networks, scene):
 
 
 def test_references():
-    photos = F.normalize(torch.randn(3, 512), dim=1)
-    person = Person(photos, None, torch.tensor([2.0, 1.0, 1.0]))
-    mean = F.normalize(2 * photos[0] + photos[1] + photos[2], dim=0)
+    photos = F.normalize(torch.randn(3, 512, generator=torch.Generator().manual_seed(5)), dim=1)
+    person = Person(photos, None, torch.tensor([1.5, 1.0, 1.0]))
+    mean = F.normalize(1.5 * photos[0] + photos[1] + photos[2], dim=0)
     torch.testing.assert_close(references_of(person, MEAN)[0], mean)
     assert torch.equal(references_of(person, BEST), photos)
     assert torch.equal(references_of(person, AUTO, photos[2]), photos[2:])
+    assert torch.equal(references_of(person, AUTO), references_of(person, MEAN)), "no face to be like"
 
 
 def test_checkpointing_keeps_less_and_leaves_the_network_as_it_was(networks):
@@ -221,3 +268,23 @@ def test_checkpointing_keeps_less_and_leaves_the_network_as_it_was(networks):
     with checkpoint_blocks(decoder):
         assert kept() < 0.6 * everything
     assert kept() == everything and "forward" not in vars(decoder.blocks[0])
+
+
+def test_checkpointing_gives_back_a_forward_that_others_have_set(networks):
+    """accelerate's hooks, and packs that trace or speed up a network, put one on the instance."""
+    block, calls = networks.decoder.blocks[1], []
+
+    def forward(x):
+        calls.append(1)
+        return type(block).forward(block, x)
+
+    block.forward = forward
+    try:
+        with checkpoint_blocks(networks.decoder):
+            networks.decoder(torch.randn(1, 4, 8, 8).double().requires_grad_()).sum().backward()
+        assert len(calls) == 2 and block.forward is forward
+        with pytest.raises(ZeroDivisionError), checkpoint_blocks(networks.decoder):
+            raise ZeroDivisionError
+        assert block.forward is forward
+    finally:
+        del block.forward

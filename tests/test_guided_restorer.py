@@ -30,7 +30,7 @@ def test_the_predicted_v_follows_the_moved_noise(t):
     alphas = torch.linspace(0.999, 0.01, 1000)
     g = torch.Generator().manual_seed(0)
     z, v, move = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(3))
-    restorer = guided(v, lambda eps, x, sigma, face: (eps + move[:1], torch.zeros(1)), (999.0, 0.0), alphas)
+    restorer = guided(v, lambda z0, x, sigma, face: (z0 - sigma * move[:1], torch.zeros(1)), (999.0, 0.0), alphas)
     moved = restorer.predict(z, torch.tensor(t), None, (None, None), None, 1.0)
     torch.testing.assert_close(moved[0], v[0] + move[0] / alphas[t].sqrt(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(moved[1], v[1], rtol=1e-4, atol=1e-5)
@@ -39,7 +39,7 @@ def test_the_predicted_v_follows_the_moved_noise(t):
 def test_the_predicted_epsilon_is_the_moved_noise():
     alphas = torch.linspace(0.999, 0.01, 1000)
     z, eps, move = (torch.randn(2, 4, 8, 8) for _ in range(3))
-    ascend = lambda eps, x, sigma, face: (eps + move[:1], torch.zeros(1))  # noqa: E731
+    ascend = lambda z0, x, sigma, face: (z0 - sigma * move[:1], torch.zeros(1))  # noqa: E731
     restorer = guided(eps, ascend, (999.0, 0.0), alphas, "epsilon")
     moved = restorer.predict(z, torch.tensor(400), None, (None, None), None, 1.0)
     torch.testing.assert_close(moved, eps + move * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1), rtol=1e-4, atol=1e-4)
@@ -59,9 +59,9 @@ def test_the_face_is_looked_for_every_so_many_steps_and_a_face_unseen_stays_wher
     faces = [face_at(LANDMARKS), face_at(LANDMARKS - 3)]
     moved = face_at(LANDMARKS + 3)
 
-    def ascend(eps, x, sigma, face):
+    def ascend(z0, x, sigma, face):
         used.append(face)
-        return eps, torch.zeros(1)
+        return z0, torch.zeros(1)
 
     def find(number, z0, face):
         assert face is faces[number] or face is moved

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ridfr_core.line_chart import COLOURS, PLOT, SIZE, line_chart
+from ridfr_core.line_chart import COLOURS, INTERVALS, PLOT, SIZE, line_chart, y_marks
 
 
 def coloured(chart, colour):
@@ -32,3 +32,32 @@ def test_little_to_draw(lines):
 
 def test_many_lines_leave_the_picture_whole():
     line_chart({f"picture {i}": [(0, i / 64), (1, 0)] for i in range(64)}, "", "", "", 1)
+
+
+@pytest.mark.parametrize("values, marks", [
+    ([], [0.1 * i for i in range(11)]),
+    ([0.23, 0.3], [0.2, 0.3]),
+    ([0.3, 0.3], [0.3, 0.4]),
+    ([-1.0, 1.0], [0.1 * i for i in range(-10, 11)]),
+    ([0.0, 35.0], [0.0, 2.0, 4.0]),
+])
+def test_marks(values, marks):
+    found = y_marks(values)
+    assert found[:len(marks)] == pytest.approx(marks)
+    assert found[-1] >= max(values, default=1) - 1e-9
+
+
+EXTREMES = (float("nan"), float("inf"), -float("inf"), 1e308, -1e308, 1e30, -1e30, 1e-300, 0.0, 400.0, 3e9)
+
+
+@pytest.mark.parametrize("a", EXTREMES)
+@pytest.mark.parametrize("b", EXTREMES)
+def test_whatever_is_drawn_has_few_marks_and_takes_no_time(a, b):
+    """Embeddings that are not of unit length give any number."""
+    line_chart({"one": [(1, a), (2, b)], "two": [(b, 0.5)]}, "", "", "", 20)
+    finite = [value for value in (a, b) if abs(value) <= 1e30]
+    assert 2 <= len(y_marks(finite)) <= INTERVALS + 3
+
+
+def test_thousands_of_lines():
+    line_chart({f"picture {i}": [(0, i / 64), (1, 0)] for i in range(5000)}, "", "", "", 1)

@@ -133,7 +133,8 @@ class Guidance:
                 return result
             return predict
 
-        settings = self.module.Settings(0.1, True, iterations, 0.0, 1.0, 1.0, mode, int(search), "")
+        everywhere = self.module.NoiseRange(0.0, 1.0)
+        settings = self.module.Settings(0.1, True, iterations, everywhere, 1.0, mode, int(search), "")
         model = model.clone()
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "bench outside", noting("guided"))
         plan = self.module.GuidedSampling(self.vae, self.face_model, [self.subject], settings, self.module.Record())

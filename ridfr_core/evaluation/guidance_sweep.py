@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..faces import align
-from ..guidance import STEP
+from ..guidance import LARGEST, STEP
 from ..guided_face import Sight
 from ..metrics import psnr, similarity
 from ..recognition import embed
@@ -81,8 +81,9 @@ class Sweep:
             measured = {name: similarity(seen[name], self.truth[name]) for name in seen}
             return measured | {"psnr": psnr(images, bench.truth)}
 
+        bound = (LARGEST,) if cell.step else ()
         detector = () if cell.find_every is None else (SEARCH, self.bench.face_model.detector.digest)
-        return kept(self.bench.cache, (self.key, cell.name, seed, *detector), compute)
+        return kept(self.bench.cache, (self.key, cell.name, seed, *bound, *detector), compute)
 
     def _restore(self, cell: Cell, seed: int) -> Tensor:
         """Restored faces [P,3,S,S]; a person's start noise is the same in every cell."""

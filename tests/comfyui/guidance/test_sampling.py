@@ -30,7 +30,8 @@ def test_solvers(guided, nano, sample, sampler, cfg):
     model, record = guided()
     moved, plain = (sample(m, nano.prompt, steps=2, sampler=sampler, cfg=cfg) for m in (model, nano.model))
     assert moved.isfinite().all() and not torch.equal(moved, plain)
-    assert list(record.similarity) == [0, 1] and record.steps == 2 and record.faces == [1, 2]
+    curve = record.of(moved)
+    assert list(curve.similarity) == [0, 1] and curve.steps == 2 and curve.faces == [1, 2]
 
 
 def test_the_same_again(guided, nano, sample):
@@ -57,9 +58,8 @@ def test_a_face_that_is_similar_enough_is_left_alone_to_the_bit(guided, nano, sa
         return sample(model, nano.prompt, steps=1, sampler="euler")
 
     model, record = guided()
-    run(model)
-    values = record.similarity[0]
-    target = sum(values) / 2  # one of the two is above it
+    values = record.of(run(model)).similarity[0]
+    target = max(sum(values) / 2, 0.0)  # one of the two is above it
     met = [value >= target for value in values]
     assert sorted(met) == [False, True]
     assert [torch.equal(a, b) for a, b in zip(run(nano.model), run(guided(target=target)[0]), strict=True)] == met
@@ -166,8 +166,9 @@ def test_two_guidances_in_a_row(guided, nano, sample, people):
     swapped = replace(people, people=people.people[::-1])
     model, first = guided()
     model, second = guided(model=model, who=swapped)
-    sample(model, nano.prompt)
-    assert first.similarity and second.similarity and first.similarity != second.similarity
+    samples = sample(model, nano.prompt)
+    curves = [record.of(samples).similarity for record in (first, second)]
+    assert all(curves) and curves[0] != curves[1]
 
 
 def test_content_controlnet(guided, nano, sample, nodes):
@@ -213,8 +214,7 @@ def test_several_references(guided, nano, sample, people, references):
     photos = F.normalize(torch.randn(3, 512), dim=1)
     several = replace(person, embeddings=photos, weights=torch.ones(3))
     model, record = guided(who=replace(people, people=(several,)), references=references)
-    sample(model, nano.prompt)
-    assert len(record.similarity) == 2
+    assert len(record.of(sample(model, nano.prompt)).similarity) == 2
 
 
 # What the user sees
@@ -223,20 +223,64 @@ def test_several_references(guided, nano, sample, people, references):
 def test_plot_and_progress(guided, nano, sample, nodes, shown):
     model, record = guided()
     plot = nodes["RIDFR_GuidancePlot"].execute
-    _, text = plot(record, {"samples": torch.zeros(1, 4, 16, 16)}).args
-    assert text == "No step was guided."
     samples = sample(model, nano.prompt, steps=3)
-    values = record.similarity[2]
+    similarity = record.of(samples).similarity
+    values = similarity[2]
     assert shown["RIDFR_IDPreservingSampling"] == f"step 3 of 3: similarity {values[0]:.3f}, {values[1]:.3f}"
     picture, text = plot(record, {"samples": samples}).args
     assert picture.ndim == 4 and picture.shape[-1] == 3 and 0 <= picture.min() < 0.2 and picture.max() == 1
-    assert text.splitlines()[0] == f"picture 1: {record.similarity[0][0]:.3f} at step 1, {values[0]:.3f} at step 3"
+    assert text.splitlines()[0] == f"picture 1: {similarity[0][0]:.3f} at step 1, {values[0]:.3f} at step 3"
     other = plot(guided(step_size=0)[1], {"samples": samples}).args
-    assert "Guidance is off" in other[1] and not torch.equal(other[0], picture)
+    assert other[1].splitlines()[0].startswith("Guidance is off") and not torch.equal(other[0], picture)
+    assert other[1].splitlines()[1:] == ["No step was guided."]
 
 
-def test_the_record_is_of_the_last_run(guided, nano, sample):
+def test_a_plot_belongs_to_its_latent(guided, nano, sample, nodes, shown):
+    """Two samplers with one guided model, and only then the plots; a latent of another sampler, or of none."""
     model, record = guided()
-    sample(model, nano.prompt, steps=3)
-    sample(model, nano.prompt, steps=1)
-    assert list(record.similarity) == [0] and record.steps == 1
+
+    def report(latent):
+        return nodes["RIDFR_GuidancePlot"].execute(record, {"samples": latent})[1]
+
+    first, second = (sample(model, nano.prompt, steps=steps, seed=steps) for steps in (3, 2))
+    assert [report(latent).splitlines()[0][-6:] for latent in (first, second)] == ["step 3", "step 2"]
+    assert report(first).splitlines()[0].startswith(f"picture 1: {record.of(first).similarity[0][0]:.3f}")
+    for unknown in (sample(nano.model, nano.prompt, steps=3), torch.zeros(1, 4, 16, 16), first[:1]):
+        assert report(unknown).startswith("This latent is not the result of a run that the guidance knows")
+        assert shown["RIDFR_GuidancePlot"] == report(unknown)
+    assert not report(unknown).count("\n") and report(unknown).endswith("."), "one sentence"
+
+
+def test_the_plot_knows_the_last_estimate_too(guided, nano, nodes):
+    """Sampler Custom's second output; here the run ends before the noise does."""
+    from comfy.samplers import sampler_object
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+
+    model, record = guided()
+    sampler, sigmas, latent = sampler_object("euler"), torch.tensor([10.0, 5.0, 2.0]), torch.zeros(2, 4, 16, 16)
+    latents = SamplerCustom.execute(
+        model, True, 1, 1.0, nano.prompt, nano.prompt, sampler, sigmas, {"samples": latent}
+    ).args
+    assert not torch.equal(latents[0]["samples"], latents[1]["samples"])
+    texts = [nodes["RIDFR_GuidancePlot"].execute(record, latent)[1] for latent in latents]
+    assert texts[0] == texts[1] and "at step 2" in texts[0]
+
+
+def test_only_so_many_runs_are_kept(pack):
+    module = pack.nodes.guidance_record
+    record, latents = module.Record(), [torch.full((1, 4, 2, 2), float(i)) for i in range(2 * module.KEPT)]
+    for i, latent in enumerate(latents):
+        record.keep(module.Curve(i, []), latent)
+    assert len(record.curves) == module.KEPT and record.of(latents[0]) is None
+    assert record.of(latents[-1]).steps == len(latents) - 1
+
+
+def test_an_interrupted_run_has_no_curve(guided, nano, sample, pack, monkeypatch):
+    import comfy.model_management as management
+
+    model, record = guided()
+    interrupt = lambda self, wait=False: management.interrupt_current_processing()  # noqa: E731
+    monkeypatch.setattr(pack.nodes.guided_run.Run, "show", interrupt)
+    with pytest.raises(management.InterruptProcessingException):
+        sample(model, nano.prompt)
+    assert not record.curves
