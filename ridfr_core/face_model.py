@@ -3,49 +3,35 @@
 The recogniser may also be the safetensors copy that `ridfr convert` makes of its ONNX file.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoints
 from .faces import Detector
 from .nano import WEIGHTS
-from .recognition import CROP_SIZE, FaceModelError, load_iresnet
+from .onnx_file import FaceModelError, Graph, read_graph, sha256
+from .onnx_network import RuntimeNetwork
+from .recognition import CROP_SIZE, load_recogniser
+from .scrfd import LAYOUTS
 
-EMBEDDING = 512
+EMBEDDING = 512  # numbers in the embeddings that identity adapters know
+LEAST = 64  # numbers in an embedding: what gives fewer tells age or expression
 SOURCE_DIGEST = "ridfr.source_sha256"  # metadata of a converted recogniser: SHA-256 of its ONNX file
-
-
-class OnnxRecogniser(nn.Module):
-    """Any insightface recogniser on onnxruntime (MobileFaceNet, ...): called like IResNet, but without gradients."""
-
-    def __init__(self, path: str | Path, bgr: bool = False):
-        """bgr: swap red and blue before the network sees them."""
-        super().__init__()
-        import onnxruntime
-        from insightface.model_zoo.arcface_onnx import ArcFaceONNX
-
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        self._model = ArcFaceONNX(str(path), session=session)
-        self._bgr = bgr
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """Crops [B,3,112,112], RGB in [-1,1] -> raw embeddings [B,512]."""
-        x = x.flip(1) if self._bgr else x
-        pixels = (x.float().cpu().numpy() + 1) * 127.5
-        return torch.from_numpy(self._model.forward(pixels)).to(x.device)
+NANO, JUDGE = "nano", "nano_judge"  # the bundled packs
+PURPOSES = {
+    NANO: "for drawn portraits, with the nano models",
+    JUDGE: "judges results with drawn portraits; nano's adapter does not know its embeddings",
+}
 
 
 @dataclass(frozen=True)
 class FaceModel:
     """A detector and a recogniser that belong together.
 
-    recogniser: IResNet, or OnnxRecogniser where the file holds another network (then there are no gradients).
+    recogniser: IResNet, or OnnxRecogniser where the file holds another network.
     digest: sha256 of the recogniser's ONNX file, after "bgr-" where it sees red and blue swapped; embeddings of
     different digests cannot be compared.
     """
@@ -54,6 +40,33 @@ class FaceModel:
     detector: Detector
     recogniser: nn.Module
     digest: str
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it knows drawn portraits alone."""
+        return self.name in PURPOSES
+
+    @property
+    def purpose(self) -> str:
+        if self.drawn:
+            return PURPOSES[self.name]
+        if self.recogniser.width != EMBEDDING:
+            return f"for photos, to match and to judge; identity adapters need {EMBEDDING} numbers"
+        return "for photos"
+
+    def describe(self) -> str:
+        """What was loaded, what runs it, what it is for: three lines."""
+        size = "x".join(map(str, self.detector.fixed)) if self.detector.fixed else "pictures of any size"
+        return "\n".join([
+            f"detector: {self.detector.path.name}, {size}, {runtime(self.detector.network)}",
+            f"recogniser: {self.recogniser.width} numbers, {runtime(self.recogniser)}",
+            self.purpose,
+        ])
+
+
+def runtime(network: nn.Module) -> str:
+    slow = any(isinstance(module, RuntimeNetwork) for module in network.modules())
+    return "run by onnxruntime on the processor" if slow else "run by torch"
 
 
 def load_face_model(folder: str | Path, operations: ModuleType | type = nn, bgr: bool = False) -> FaceModel:
@@ -71,7 +84,7 @@ def load_face_model(folder: str | Path, operations: ModuleType | type = nn, bgr:
         roles.setdefault(role_of(path), path)
     for role, needed in (
         ("detector", "SCRFD detector with landmarks"),
-        ("recogniser", "ArcFace recogniser (112x112 to 512)"),
+        ("recogniser", "ArcFace recogniser (of 112x112 pixels)"),
     ):
         if role not in roles:
             found = ", ".join(path.name for path in files) or "no .onnx file"
@@ -81,7 +94,7 @@ def load_face_model(folder: str | Path, operations: ModuleType | type = nn, bgr:
             )
     path = roles["recogniser"]
     digest = ("bgr-" if bgr else "") + digest_of(path)
-    return FaceModel(folder.name, Detector(roles["detector"]), _recogniser(path, operations, bgr), digest)
+    return FaceModel(folder.name, Detector(roles["detector"]), load_recogniser(path, operations, bgr), digest)
 
 
 def face_model_of(pack: str) -> FaceModel:
@@ -98,39 +111,29 @@ def _models(folder: Path, below: str) -> list[Path]:
 def digest_of(path: Path) -> str:
     """SHA-256 of a recogniser's ONNX file, which its converted copy names too."""
     if path.suffix == ".onnx":
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    return checkpoints.read(path, "meta")[1].get(SOURCE_DIGEST) or hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256(path)
+    return checkpoints.read(path, "meta")[1].get(SOURCE_DIGEST) or sha256(path)
 
 
 def role_of(path: Path) -> str:
     """"detector", "recogniser" or "other", told by the model's inputs and outputs as insightface does."""
     if path.suffix != ".onnx":
         return "recogniser" if checkpoints.kind_of(checkpoints.read(path, "meta")[0]) == "recogniser" else "other"
-    import onnx
-
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception as error:  # protobuf and onnx raise several kinds for a damaged file
-        raise FaceModelError(f"Face model file {path} cannot be read as ONNX ({error}); download it again.") from error
-    if len(graph.output) in (9, 15):
+    graph = read_graph(path, weights=False)
+    inputs, outputs = list(graph.inputs.values()), list(graph.outputs.values())
+    if len(outputs) in LAYOUTS:
         return "detector"
-    stored = {tensor.name for tensor in graph.initializer}
-    inputs = [_shape(value) for value in graph.input if value.name not in stored]
-    if len(inputs) == len(graph.output) == 1 and inputs[0][-2:] == [CROP_SIZE, CROP_SIZE] \
-            and _shape(graph.output[0])[-1:] == [EMBEDDING]:
+    if len(inputs) == len(outputs) == 1 and inputs[0][-2:] == [CROP_SIZE, CROP_SIZE] and _width(path, graph) >= LEAST:
         return "recogniser"
     return "other"
 
 
-def _shape(value) -> list[int]:
-    return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-
-
-def _recogniser(path: Path, operations: ModuleType | type, bgr: bool) -> nn.Module:
+def _width(path: Path, graph: Graph) -> int:
+    """Numbers in the output, which is tried out where the file doesn't say."""
+    (shape,) = graph.outputs.values()
+    if shape and shape[-1]:
+        return shape[-1]
     try:
-        net = load_iresnet(path, operations)
-    except FaceModelError:  # a whole ONNX file, as role_of has read it, but of another network
-        return OnnxRecogniser(path, bgr)
-    if bgr:  # the first layer's weights swapped see what the pixels swapped would show, gradients included
-        net.stem.weight.copy_(net.stem.weight.flip(1))
-    return net
+        return load_recogniser(path).width
+    except FaceModelError:
+        return 0

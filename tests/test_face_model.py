@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from insightface.app import FaceAnalysis
 
 from ridfr_core import cli
-from ridfr_core.face_model import OnnxRecogniser, load_face_model
+from ridfr_core.face_model import load_face_model
 from ridfr_core.faces import align
 from ridfr_core.nano import WEIGHTS
 from ridfr_core.nano.portraits import SPLITS, render
-from ridfr_core.recognition import FaceModelError, IResNet, embed
+from ridfr_core.recognition import FaceModelError, IResNet, OnnxRecogniser, embed
 from ridfr_core.training import detector, recogniser
 
 NANO, JUDGE = (WEIGHTS / "insightface" / "models" / name for name in ("nano", "nano_judge"))
@@ -86,7 +86,7 @@ def test_damaged_file_is_named(pack, tmp_path):
         load_face_model(tmp_path / "cut")
 
 
-def test_another_architecture_runs_in_onnxruntime(pack, tmp_path):
+def test_another_architecture_runs_in_torch(pack, tmp_path):
     shutil.copytree(pack, tmp_path / "plain")
     net = recogniser.plain_net()
     recogniser.export_onnx(net, tmp_path / "plain" / "rec.onnx")

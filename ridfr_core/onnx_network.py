@@ -1,0 +1,204 @@
+"""An ONNX graph as a network in torch, or where that can't be, in onnxruntime."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .onnx_file import FaceModelError, Graph, Node
+from .onnx_operators import OPERATORS, Operator, Unsupported
+
+HOST = "@host"  # after a constant's name: its copy on the CPU
+MOST = 2**31  # numbers that all operators together may write for one picture; R100, the largest, needs a tenth
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError, OverflowError)
+
+
+class Step(NamedTuple):
+    """One operator. inputs: their names, "" for one left out; move: those that come from the CPU to the picture's
+    device; drop: what nobody needs after it."""
+
+    node: Node
+    operator: Operator
+    inputs: list[str]
+    move: frozenset[int]
+    drop: tuple[str, ...]
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX graph with one input. Calling it maps the input to the tuple of the outputs.
+
+    Its weights are fp32 whatever the file's are. What is worked out from shapes alone stays on the CPU, so that nothing
+    is read back from a GPU. There are gradients where the operators have them.
+    Raises FaceModelError where the graph is broken or asks for what `onnx_operators` does not have.
+    """
+
+    def __init__(self, graph: Graph):
+        super().__init__()
+        if len(graph.inputs) != 1 or not graph.outputs:
+            raise FaceModelError(f"{graph.name} is not a face network (it has {len(graph.inputs)} inputs).")
+        self.name, (self.input,), self.outputs = graph.name, graph.inputs, list(graph.outputs)
+        constants = {name: unified(tensor) for name, tensor in graph.tensors.items()}
+        self.steps = self._plan(graph, constants)
+        used = {name for step in self.steps for name in step.inputs} | set(self.outputs)
+        self.host = {name + HOST: tensor for name, tensor in constants.items() if name + HOST in used}
+        self.places = [name for name in constants if name in used]
+        self.weights = nn.ParameterList(nn.Parameter(constants[name], False) for name in self.places)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if x.device.type == "cpu" and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)  # twice as fast there
+        return self._run(x, [*self.weights])
+
+    @torch.no_grad()
+    def try_out(self, size: Sequence[int]) -> list[tuple[int, ...]]:
+        """The outputs' shapes for an input of that size; it is run on zeros.
+
+        Raises FaceModelError where the graph does not fit such an input, or would fill the memory.
+        """
+        try:
+            return [tuple(out.shape) for out in self._run(torch.zeros(*size), [*self.weights], limit=MOST)]
+        except FaceModelError:
+            raise
+        except FAILURES as error:
+            raise FaceModelError(
+                f"{self.name} cannot be run on {' x '.join(map(str, size))} numbers ({short(error)}): use the files of "
+                "an insightface pack such as buffalo_l."
+            ) from error
+
+    def _run(self, x: Tensor, weights: list[Tensor], limit: float = math.inf) -> tuple[Tensor, ...]:
+        values = {**self.host, **dict(zip(self.places, weights)), self.input: x}
+        for step in self.steps:
+            inputs = [values[name] if name else None for name in step.inputs]
+            for place in step.move:
+                inputs[place] = inputs[place].to(x.device)
+            found = self._step(step, inputs)
+            values.update(zip(step.node.outputs, found))
+            for name in step.drop:
+                values.pop(name, None)
+            limit -= sum(out.numel() for out in found)
+            if limit < 0:
+                raise ValueError("it asks for too much memory")
+        return tuple(values[name].to(x.device) for name in self.outputs)
+
+    def _step(self, step: Step, inputs: list[Tensor | None]) -> tuple[Tensor, ...]:
+        try:
+            found = step.operator.run(step.node, *inputs)
+        except Unsupported as reason:
+            raise unknown(self.name, str(reason)) from None
+        return found if isinstance(found, tuple) else (found,)
+
+    def _plan(self, graph: Graph, constants: dict[str, Tensor]) -> list[Step]:
+        """The operators that depend on the input; what depends on constants alone is added to those."""
+        host: set[str] = set()
+        known = {self.input, *constants}
+        found: list[tuple[Node, Operator, list[str], frozenset[int]]] = []
+        for node in graph.nodes:
+            operator = OPERATORS.get(node.op)
+            if operator is None:
+                raise unknown(graph.name, f"the operator {node.op}")
+            if missing := [name for name in node.inputs if name and name not in known]:
+                raise FaceModelError(
+                    f"{graph.name} is not a whole network: its operator {node.op} reads {missing[0]}, which nothing "
+                    "before it gives. Download it again."
+                )
+            known.update(node.outputs)
+            moving = [name for name in node.inputs if name and name not in constants]
+            if not moving and not operator.grows:
+                constants.update(self._folded(node, operator, constants))
+                continue
+            on_host = node.op in ("Shape", "Size") or all(name in host for name in moving)
+            if on_host:
+                host.update(node.outputs)
+            inputs, move = [], set()
+            for place, name in enumerate(node.inputs):
+                needed = on_host and node.op not in ("Shape", "Size") or place in operator.host
+                if name in constants:
+                    inputs.append(name + HOST if needed else name)
+                    continue
+                inputs.append(name)
+                if name and needed and name not in host:
+                    raise unknown(graph.name, f"{node.op} whose shape depends on the picture")
+                if name in host and not needed:
+                    move.add(place)
+            found.append((node, operator, inputs, frozenset(move) if not on_host else frozenset()))
+        if missing := [name for name in self.outputs if name not in known]:
+            raise FaceModelError(f"{graph.name} is not a whole network: nothing gives its output {missing[0]}. "
+                                 "Download it again.")
+        return with_ends(found, {self.input, *self.outputs})
+
+    def _folded(self, node: Node, operator: Operator, constants: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = [constants[name] if name else None for name in node.inputs]
+        try:
+            found = operator.run(node, *inputs)
+        except Unsupported as reason:
+            raise unknown(self.name, str(reason)) from None
+        except FAILURES as error:
+            raise FaceModelError(f"{self.name} is not a whole network: its operator {node.op} cannot be worked out "
+                                 f"({short(error)}). Download it again.") from error
+        found = found if isinstance(found, tuple) else (found,)
+        return {name: unified(tensor) for name, tensor in zip(node.outputs, found)}
+
+
+def with_ends(steps: list, kept: set[str]) -> list[Step]:
+    """Steps that know which values nobody needs after them."""
+    last = {name: index for index, (_, _, inputs, _) in enumerate(steps) for name in inputs}
+    drop: list[list[str]] = [[] for _ in steps]
+    for name, index in last.items():
+        if name and name not in kept and not name.endswith(HOST):
+            drop[index].append(name)
+    return [Step(*step, tuple(names)) for step, names in zip(steps, drop)]
+
+
+def unified(tensor: Tensor) -> Tensor:
+    """Fractions as fp32, whole numbers as int64."""
+    if tensor.is_floating_point():
+        return tensor.float()
+    return tensor if tensor.dtype == torch.bool else tensor.long()
+
+
+def short(error: Exception) -> str:
+    """An error's first line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def unknown(name: str, what: str) -> FaceModelError:
+    return FaceModelError(
+        f"{name} has {what}, which this pack does not run by itself: install onnxruntime (`pip install onnxruntime` in "
+        "ComfyUI's Python), or use an insightface pack such as buffalo_l."
+    )
+
+
+class RuntimeNetwork(nn.Module):
+    """A graph that onnxruntime runs, on the processor and without gradients: called like OnnxNetwork."""
+
+    def __init__(self, path: Path):
+        """Raises ImportError without onnxruntime, its own errors for a file that it does not run either."""
+        super().__init__()
+        import onnxruntime
+
+        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        (self.input,) = (value.name for value in self.session.get_inputs())
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        found = self.session.run(None, {self.input: x.float().cpu().numpy()})
+        return tuple(torch.from_numpy(value).to(x.device) for value in found)
+
+
+def load_network(path: Path, graph: Graph, size: Sequence[int]) -> nn.Module:
+    """OnnxNetwork of a file, or RuntimeNetwork where it has what torch is not taught here. size: of a usual input.
+
+    Raises FaceModelError where neither runs it.
+    """
+    try:
+        network = OnnxNetwork(graph)
+        network.try_out(size)
+        return network
+    except FaceModelError as error:
+        try:
+            return RuntimeNetwork(path)
+        except Exception:  # not installed, or one of onnxruntime's many errors for a broken file
+            raise error from None
