@@ -1,5 +1,7 @@
 """Nodes that say who a face is: extract an identity, compare two faces."""
 
+from weakref import WeakKeyDictionary
+
 import comfy.clip_vision
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,11 @@ from ..ridfr_core.sharpness import estimate_degradation
 from . import types
 from .border import same_batch, to_comfy, to_core, to_photos
 from .checks import checked
-from .managed import ManagedFaceModel, loaded
+from .managed import CHUNK, ManagedFaceModel, loaded, one_by_one
 
 ONE_PERSON = "all photos show one person"
 MANY_PEOPLE = "each photo is another person"
+ZERO_IMAGE: WeakKeyDictionary = WeakKeyDictionary()  # CLIP vision model -> what it says of zeros, while it lives
 
 
 class ExtractIdentity(io.ComfyNode):
@@ -85,7 +88,7 @@ class ExtractIdentity(io.ComfyNode):
     ) -> io.NodeOutput:
         photos = to_photos(images, "reference image")
         counts = parse_weights("" if batch == MANY_PEOPLE else weights, len(photos))
-        faces = reference_faces(face_model.model, photos)
+        faces = reference_faces(face_model.ready(), one_by_one(photos))
         landmarks = torch.stack([face.landmarks for face in faces])
         crops, large = align(photos, landmarks, 112), align(photos, landmarks, 224)
         features = face_model.features(crops)
@@ -102,8 +105,9 @@ class ExtractIdentity(io.ComfyNode):
 
 
 def qualities(faces: list[Face], features: Tensor, crops: Tensor) -> tuple[Quality, ...]:
-    """The quality of each photo, from its face, its raw embedding [B,512] and its aligned crop [B,3,224,224]."""
-    norms, sharpness = features.norm(dim=-1).tolist(), (1 - estimate_degradation(crops)).tolist()
+    """The quality of each photo, from its face, its raw embedding [B,D] and its aligned crop [B,3,224,224]."""
+    degradation = torch.cat([estimate_degradation(part) for part in crops.split(CHUNK)])
+    norms, sharpness = features.norm(dim=-1).tolist(), (1 - degradation).tolist()
     return tuple(
         Quality(height_of(face), face.score, norm, sharp) for face, norm, sharp in zip(faces, norms, sharpness)
     )
@@ -113,15 +117,23 @@ def clip_states(clip_vision: comfy.clip_vision.ClipVisionModel | None, crops: Te
     """CLIP's penultimate hidden states [B,T,D] of aligned crops [B,3,224,224], or None without a CLIP."""
     if clip_vision is None:
         return None
-    return clip_vision.encode_image(to_comfy(crops))["penultimate_hidden_states"].float().cpu()
+    parts = one_by_one(crops.split(CHUNK))
+    return torch.cat([clip_vision.encode_image(to_comfy(part))["penultimate_hidden_states"].float().cpu()
+                      for part in parts])
 
 
 def zero_image_states(clip_vision: comfy.clip_vision.ClipVisionModel | None) -> Tensor | None:
-    """CLIP's penultimate hidden states [T,D] of zeros *after* normalisation: the unconditional image of IP-Adapter."""
+    """CLIP's penultimate hidden states [T,D] of zeros *after* normalisation: the unconditional image of IP-Adapter.
+
+    They are the same for every photo, so each CLIP is asked once.
+    """
     if clip_vision is None:
         return None
-    pixels = torch.zeros(1, 3, clip_vision.image_size, clip_vision.image_size, device=loaded(clip_vision.patcher))
-    return clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1][0].float().cpu()
+    if (known := ZERO_IMAGE.get(clip_vision)) is None:
+        pixels = torch.zeros(1, 3, clip_vision.image_size, clip_vision.image_size, device=loaded(clip_vision.patcher))
+        known = clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1][0].float().cpu()
+        ZERO_IMAGE[clip_vision] = known
+    return known
 
 
 class CompareIdentity(io.ComfyNode):
@@ -173,19 +185,22 @@ class CompareIdentity(io.ComfyNode):
 
 
 def found_faces(face_model: ManagedFaceModel, photos: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """Aligned crop [3,112,112] and unit embedding [512] of the largest face in each image of [B,3,H,W], by its index.
+    """Aligned crop [3,112,112] and unit embedding [D] of the largest face in each image of [B,3,H,W], by its index.
 
     Images without a face are left out.
     """
-    faces = {i: found[0] for i, photo in enumerate(photos) if (found := face_model.model.detector.detect(photo))}
-    if not faces:
+    crops = {}
+    for i, photo in enumerate(one_by_one(photos)):
+        if found := face_model.detect(photo):
+            crops[i] = align(photo[None], found[0].landmarks[None])[0]
+    if not crops:
         return {}
-    crops = align(photos[list(faces)], torch.stack([face.landmarks for face in faces.values()]))
-    return dict(zip(faces, zip(crops, face_model.embed(crops))))
+    embeddings = face_model.embed(torch.stack([*crops.values()]))
+    return {i: (crop, embedding) for (i, crop), embedding in zip(crops.items(), embeddings)}
 
 
 def face_embeddings(face_model: ManagedFaceModel, photos: Tensor) -> list[Tensor | None]:
-    """Unit embedding [512] of the largest face in each image of [B,3,H,W], None where there is none."""
+    """Unit embedding [D] of the largest face in each image of [B,3,H,W], None where there is none."""
     found = found_faces(face_model, photos)
     return [found[i][1] if i in found else None for i in range(len(photos))]
 

@@ -27,7 +27,7 @@ def register_folders() -> None:
 
 
 def face_models() -> list[str]:
-    """Face model folders: the bundled ones, then every models/insightface/models/<name> that holds ONNX files."""
+    """Face model folders: every models/insightface/models/<name> that holds ONNX files, then the bundled ones."""
     own = sorted(folder.name for folder in _nano_face_models().glob("*") if folder.is_dir())
     users = {
         folder.name
@@ -35,7 +35,7 @@ def face_models() -> list[str]:
         for folder in root.glob("*")
         if any(folder.glob("*.onnx")) or any(folder.glob("*/*.onnx"))
     }
-    return own + sorted(users - set(own))
+    return sorted(users - set(own)) + own
 
 
 def face_model_folder(name: str) -> Path:
@@ -71,3 +71,9 @@ def users_file(kind: str, name: str) -> Path:
         searched = ", ".join(folder_paths.get_folder_paths(kind))
         raise RidfrError(f"There is no file {name!r} in {searched}: put it there, or choose another.")
     return Path(path)
+
+
+def fingerprint(*files: Path) -> str:
+    """Changes when one of the files is written, appears or goes: what a loader's `fingerprint_inputs` returns."""
+    known = [file.stat() if file.is_file() else None for file in files]
+    return str([stat and (stat.st_mtime_ns, stat.st_size) for stat in known])

@@ -130,7 +130,7 @@ class CombineReferences(io.ComfyNode):
 def degraded_faces(
     identity: Identity, face_model: ManagedFaceModel | None, degraded: Tensor | None
 ) -> list[Tensor | None]:
-    """For each person the embedding [512] of the degraded face, None where none is given or found."""
+    """For each person the embedding [D] of the degraded face, None where none is given or found."""
     people = len(identity.people)
     if degraded is None:
         return [None] * people

@@ -78,7 +78,7 @@ def load_face_model(folder: str | Path, operations: ModuleType | type = nn, bgr:
     Raises FaceModelError when the folder holds no detector or no recogniser.
     """
     folder = Path(folder)
-    files = _models(folder, "") or _models(folder, "*/")
+    files = face_model_files(folder)
     roles: dict[str, Path] = {}
     for path in files:
         roles.setdefault(role_of(path), path)
@@ -103,9 +103,11 @@ def face_model_of(pack: str) -> FaceModel:
     return load_face_model(shipped if shipped.is_dir() else pack)
 
 
-def _models(folder: Path, below: str) -> list[Path]:
-    """Weight files: ONNX first, then safetensors."""
-    return [path for kind in ("onnx", "safetensors") for path in sorted(folder.glob(f"{below}*.{kind}"))]
+def face_model_files(folder: Path) -> list[Path]:
+    """A folder's weight files, or those one folder deeper; ONNX first, then safetensors."""
+    patterns = ("*.onnx", "*.safetensors"), ("*/*.onnx", "*/*.safetensors")
+    found = ([path for pattern in level for path in sorted(folder.glob(pattern))] for level in patterns)
+    return next(filter(None, found), [])
 
 
 def digest_of(path: Path) -> str:

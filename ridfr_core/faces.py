@@ -4,7 +4,7 @@ Landmarks are pixels (x, y) with pixel centres at integers, in insightface's ord
 eye, nose tip, left and right mouth corner. Images are RGB in [0,1].
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .onnx_file import FaceModelError, read_graph, sha256
-from .onnx_network import load_network
-from .scrfd import LAYOUTS, best_of_each, candidates, letterbox
+from .onnx_network import device_of, load_network
+from .scrfd import LAYOUTS, Candidates, best_of_each, candidates, letterbox
 
 # Where the five landmarks lie in an aligned crop. 112 px: insightface `face_align.arcface_dst`; 512 px: FFHQ's mean
 # face as the face restoration field uses it (facexlib).
@@ -24,6 +24,8 @@ ARCFACE_TEMPLATE = torch.tensor(
 FFHQ_TEMPLATE = torch.tensor(
     [[192.98138, 239.94708], [318.90277, 240.1936], [256.63416, 314.01935], [201.26117, 371.41043],
      [313.08905, 371.15118]])
+
+CHUNK = 32  # crops cut in one go
 
 
 def usual_place(width: int, height: int) -> Tensor:
@@ -74,8 +76,9 @@ def align(images: Tensor, landmarks: Tensor, size: int = 112) -> Tensor:
 
     images: [B,3,H,W]; landmarks: [B,5,2]; size: a multiple of 112 (112 for ArcFace, 224 for the CLIP of FaceID-Plus).
     """
-    matrix = similarity_transform(landmarks.to(images.device), ARCFACE_TEMPLATE * (size / 112))
-    return warp(images, matrix, size)
+    parts = zip(images.split(CHUNK), landmarks.to(images.device).split(CHUNK))
+    template = ARCFACE_TEMPLATE * (size / 112)
+    return torch.cat([warp(part, similarity_transform(points, template), size) for part, points in parts])
 
 
 @dataclass(frozen=True)
@@ -113,18 +116,13 @@ class Detector:
         self.step = LAYOUTS[len(graph.outputs)].strides[-1]
         self.fixed = (shape[3], shape[2]) if shape[2] and shape[3] else None  # width, height
         width, height = self.fixed or (128, 128)
-        self.network = load_network(self.path, graph, (1, 3, height, width))
-        self._search(torch.zeros(3, height, width), 0, (width, height))  # whether its outputs are as they should
+        self.network, outputs = load_network(self.path, graph, (1, 3, height, width))
+        self._candidates(outputs, (width, height))  # are they what they should be?
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the ONNX file."""
         return sha256(self.path)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network lies; onnxruntime's is on the processor."""
-        return next((weight.device for weight in self.network.parameters()), torch.device("cpu"))
 
     def detect(self, image: Tensor) -> list[Face]:
         """Faces in an image [3,H,W], RGB in [0,1], largest first; empty if there are none."""
@@ -138,13 +136,16 @@ class Detector:
     @torch.no_grad()
     def _search(self, image: Tensor, margin: int, size: tuple[int, int]) -> list[Face]:
         pixels, scale = letterbox(image, size, margin)
-        try:
-            found = best_of_each(candidates(self.network(pixels.to(self.device)), size, self.threshold))
-        except (ValueError, KeyError) as error:
-            raise FaceModelError(f"{self.path.name} is not an SCRFD detector ({error}): use det_10g.onnx of "
-                                 "insightface's buffalo_l.") from error
+        found = best_of_each(self._candidates(self.network(pixels.to(device_of(self.network))), size))
         faces = zip(found.boxes / scale - margin, found.landmarks / scale - margin, found.scores.tolist())
         return [Face(box, landmarks, score) for box, landmarks, score in faces]
+
+    def _candidates(self, outputs: Sequence[Tensor], size: tuple[int, int]) -> Candidates:
+        try:
+            return candidates(outputs, size, self.threshold)
+        except ValueError as error:
+            raise FaceModelError(f"{self.path.name} is not an SCRFD detector ({error}): use det_10g.onnx of "
+                                 "insightface's buffalo_l.") from error
 
     def _attempts(self, image: Tensor) -> Iterator[tuple[int, tuple[int, int]]]:
         """(margin in the image's pixels, the input's width and height), the most promising first: no enlargement, no

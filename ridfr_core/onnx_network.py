@@ -53,13 +53,13 @@ class OnnxNetwork(nn.Module):
         return self._run(x, [*self.weights])
 
     @torch.no_grad()
-    def try_out(self, size: Sequence[int]) -> list[tuple[int, ...]]:
-        """The outputs' shapes for an input of that size; it is run on zeros.
+    def try_out(self, size: Sequence[int]) -> tuple[Tensor, ...]:
+        """The outputs for an input of that size, all zeros.
 
         Raises FaceModelError where the graph does not fit such an input, or would fill the memory.
         """
         try:
-            return [tuple(out.shape) for out in self._run(torch.zeros(*size), [*self.weights], limit=MOST)]
+            return self._run(torch.zeros(*size), [*self.weights], limit=MOST)
         except FaceModelError:
             raise
         except FAILURES as error:
@@ -188,17 +188,22 @@ class RuntimeNetwork(nn.Module):
         return tuple(torch.from_numpy(value).to(x.device) for value in found)
 
 
-def load_network(path: Path, graph: Graph, size: Sequence[int]) -> nn.Module:
-    """OnnxNetwork of a file, or RuntimeNetwork where it has what torch is not taught here. size: of a usual input.
+def load_network(path: Path, graph: Graph, size: Sequence[int]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """OnnxNetwork of a file, or RuntimeNetwork where it has what torch is not taught here; and its outputs for zeros.
 
-    Raises FaceModelError where neither runs it.
+    size: of a usual input. Raises FaceModelError where neither runs it.
     """
     try:
         network = OnnxNetwork(graph)
-        network.try_out(size)
-        return network
+        return network, network.try_out(size)
     except FaceModelError as error:
         try:
-            return RuntimeNetwork(path)
+            network = RuntimeNetwork(path)
+            return network, network.forward(torch.zeros(*size))
         except Exception:  # not installed, or one of onnxruntime's many errors for a broken file
             raise error from None
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's weights lie; onnxruntime's has none and takes its input from anywhere."""
+    return next((weight.device for weight in network.parameters()), torch.device("cpu"))

@@ -90,10 +90,8 @@ class OnnxRecogniser(nn.Module):
     def __init__(self, path: Path, graph: Graph, bgr: bool = False):
         """bgr: swap red and blue before the network sees them. Raises FaceModelError where it cannot be run."""
         super().__init__()
-        self.network = load_network(path, graph, (1, 3, CROP_SIZE, CROP_SIZE))
-        self.bgr, self.bytes = bgr, _scales_itself(graph)
-        self.one_by_one = True
-        self.width = self(torch.zeros(1, 3, CROP_SIZE, CROP_SIZE)).shape[-1]
+        self.network, outputs = load_network(path, graph, (1, 3, CROP_SIZE, CROP_SIZE))
+        self.bgr, self.bytes, self.width = bgr, _scales_itself(graph), outputs[0].numel()
         self.one_by_one = not self._takes_several(next(iter(graph.inputs.values()))[0])
 
     def _takes_several(self, batch: int | None) -> bool:
@@ -101,7 +99,7 @@ class OnnxRecogniser(nn.Module):
         if not isinstance(self.network, OnnxNetwork):
             return batch is None
         try:
-            return self.network.try_out((2, 3, CROP_SIZE, CROP_SIZE)) == [(2, self.width)]
+            return self.network.try_out((2, 3, CROP_SIZE, CROP_SIZE))[0].flatten(1).shape == (2, self.width)
         except FaceModelError:
             return False
 

@@ -93,13 +93,16 @@ def candidates(outputs: Sequence[Tensor], size: tuple[int, int], threshold: floa
     """
     layout = LAYOUTS[len(outputs)]
     maps = len(layout.strides)
+    if any(out.numel() % (1, 4, 10)[place // maps] for place, out in enumerate(outputs)):
+        raise ValueError("its outputs are not scores, boxes and landmarks")
     scores, boxes, points = (
         torch.cat([out.reshape(-1, width) for out in outputs[kind * maps:(kind + 1) * maps]])
         for kind, width in enumerate((1, 4, 10))
     )
     centres, strides = _anchors(size, layout)
     if not len(scores) == len(boxes) == len(points) == len(centres):
-        raise ValueError(f"{len(scores)} scores for {len(centres)} anchors")
+        raise ValueError(f"it has {len(scores)} scores, {len(boxes)} boxes and {len(points)} sets of landmarks for "
+                         f"{len(centres)} anchors")
     values = torch.cat([scores, boxes, points], 1)
     rows = (scores[:, 0] >= threshold).nonzero().flatten()
     values, rows = values[rows].float().cpu(), rows.cpu()
