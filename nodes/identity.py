@@ -1,5 +1,6 @@
 """Nodes that say who a face is: extract an identity, compare two faces."""
 
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import comfy.clip_vision
@@ -16,7 +17,6 @@ from ..ridfr_core.identity import (
     Quality,
     check_weights,
     describe,
-    height_of,
     one_photo_each,
     parse_weights,
     reference_faces,
@@ -99,7 +99,8 @@ class ExtractIdentity(io.ComfyNode):
         identity = Identity((person,), zero_image_states(clip_vision), recogniser.digest, crops, recogniser.name)
         if batch == MANY_PEOPLE:
             identity = one_photo_each(identity)
-        report = describe(identity)
+        names = {f"reference image {number}": face for number, face in enumerate(faces, start=1)}
+        report = "\n".join([describe(identity), *face_model.model.doubts(names)])
         PromptServer.instance.send_progress_text(report, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(identity, report)
 
@@ -109,7 +110,7 @@ def qualities(faces: list[Face], features: Tensor, crops: Tensor) -> tuple[Quali
     degradation = torch.cat([estimate_degradation(part) for part in crops.split(CHUNK)])
     norms, sharpness = features.norm(dim=-1).tolist(), (1 - degradation).tolist()
     return tuple(
-        Quality(height_of(face), face.score, norm, sharp) for face, norm, sharp in zip(faces, norms, sharpness)
+        Quality(face.height, face.score, norm, sharp) for face, norm, sharp in zip(faces, norms, sharpness)
     )
 
 
@@ -172,42 +173,55 @@ class CompareIdentity(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, face_model: ManagedFaceModel, image_a: Tensor, image_b: Tensor) -> io.NodeOutput:
-        image_a, image_b = same_batch(image_a, image_b, "The first input", "the second")
-        a = face_embeddings(face_model, to_core(image_a))
-        b = face_embeddings(face_model, to_core(image_b))
-        scores = [float(x @ y) if x is not None and y is not None else None for x, y in zip(a, b, strict=True)]
+        number = len(same_batch(image_a, image_b, "The first input", "the second")[0])
+        faces, others = (found_faces(face_model, to_core(image)) for image in (image_a, image_b))
+        pairs = [(faces.get(i % len(image_a)), others.get(i % len(image_b))) for i in range(number)]
+        scores = [float(a.embedding @ b.embedding) if a and b else None for a, b in pairs]
         found = [score for score in scores if score is not None]
         mean = sum(found) / len(found) if found else 0.0
-        lines = [similarity_line(*pair) for pair in zip(range(1, len(a) + 1), a, b, scores, strict=True)]
-        text = "\n".join([f"similarity {mean:.3f} over {len(found)} of {len(scores)}", *lines])
+        lines = [similarity_line(i, *pair, score) for i, (pair, score) in enumerate(zip(pairs, scores), start=1)]
+        doubts = face_model.model.doubts(named(faces, "image") | named(others, "image to compare with"))
+        text = "\n".join([f"similarity {mean:.3f} over {len(found)} of {len(scores)}", *lines, *doubts])
         PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(mean, text, ui={"text": [text], "similarity": scores})
 
 
-def found_faces(face_model: ManagedFaceModel, photos: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """Aligned crop [3,112,112] and unit embedding [D] of the largest face in each image of [B,3,H,W], by its index.
+class FoundFace(NamedTuple):
+    """The largest face of a photo: where it is, its aligned crop [3,112,112] and its unit embedding [D]."""
 
-    Images without a face are left out.
-    """
-    crops = {}
+    face: Face
+    crop: Tensor
+    embedding: Tensor
+
+
+def found_faces(face_model: ManagedFaceModel, photos: Tensor) -> dict[int, FoundFace]:
+    """The largest face in each image of [B,3,H,W], by its index; images without a face are left out."""
+    faces, crops = {}, []
     for i, photo in enumerate(one_by_one(photos)):
         if found := face_model.detect(photo):
-            crops[i] = align(photo[None], found[0].landmarks[None])[0]
-    if not crops:
+            faces[i] = found[0]
+            crops.append(align(photo[None], found[0].landmarks[None]))
+    if not faces:
         return {}
-    embeddings = face_model.embed(torch.stack([*crops.values()]))
-    return {i: (crop, embedding) for (i, crop), embedding in zip(crops.items(), embeddings)}
+    crops = torch.cat(crops)
+    seen = zip(faces.values(), crops, face_model.embed(crops))
+    return {i: FoundFace(*one) for i, one in zip(faces, seen)}
+
+
+def named(found: dict[int, FoundFace], what: str) -> dict[str, Face]:
+    """Faces by the name of their picture, as errors and notes call it."""
+    return {f"{what} {i + 1}": one.face for i, one in found.items()}
 
 
 def face_embeddings(face_model: ManagedFaceModel, photos: Tensor) -> list[Tensor | None]:
     """Unit embedding [D] of the largest face in each image of [B,3,H,W], None where there is none."""
     found = found_faces(face_model, photos)
-    return [found[i][1] if i in found else None for i in range(len(photos))]
+    return [found[i].embedding if i in found else None for i in range(len(photos))]
 
 
-def similarity_line(number: int, a: Tensor | None, b: Tensor | None, score: float | None) -> str:
-    if a is None:
+def similarity_line(number: int, face: FoundFace | None, other: FoundFace | None, score: float | None) -> str:
+    if face is None:
         return f"image {number}: no face found"
-    if b is None:
+    if other is None:
         return f"image {number}: no face found in the image to compare with"
     return f"image {number}: {score:.3f}"

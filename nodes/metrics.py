@@ -65,7 +65,7 @@ class ImageQuality(io.ComfyNode):
             truths = torch.nn.functional.interpolate(truths, size=images.shape[-2:], mode="bicubic", antialias=True)
         found = {"PSNR": psnr(images, truths).tolist(), "SSIM": ssim(images, truths).tolist()}
         if face_model is not None:
-            found["LMD"] = landmark_distances(face_model.model.detector, images, truths)
+            found["LMD"] = landmark_distances(face_model.ready().detector, images, truths)
         lines = [measure_line(name, values) for name, values in found.items()]
         if perceptual:
             lines += perceptual_lines(images, truths)

@@ -94,6 +94,11 @@ class Face:
         x1, y1, x2, y2 = self.box.tolist()
         return (x2 - x1) * (y2 - y1)
 
+    @property
+    def height(self) -> float:
+        """Of the box, in pixels."""
+        return float(self.box[3] - self.box[1])
+
 
 class Detector:
     """insightface's SCRFD, read from an ONNX file; it runs where its network lies.

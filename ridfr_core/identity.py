@@ -87,17 +87,12 @@ def _one_face(faces: list[Face], what: str) -> Face:
     people = sum(face.area >= BYSTANDER * largest.area for face in faces)
     if people > 1:
         raise IdentityError(f"{people} faces were found in {what}: crop it to the one person.")
-    if height_of(largest) < SMALLEST_FACE:
+    if largest.height < SMALLEST_FACE:
         raise IdentityError(
-            f"The face in {what} is only {height_of(largest):.0f} pixels high: use a photo where it has at least "
+            f"The face in {what} is only {largest.height:.0f} pixels high: use a photo where it has at least "
             f"{SMALLEST_FACE}."
         )
     return largest
-
-
-def height_of(face: Face) -> float:
-    """Height of the face's box in pixels."""
-    return float(face.box[3] - face.box[1])
 
 
 def parse_weights(text: str, photos: int) -> Tensor:

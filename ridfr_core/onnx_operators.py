@@ -423,13 +423,13 @@ def global_max_pool(node: Node, x: Tensor) -> Tensor:
 @operator("Resize", "Upsample", host=(1, 2, 3), grows=True)
 def resize(node: Node, x: Tensor, *given: Tensor | None) -> Tensor:
     """inputs after x: scales (Upsample, and Resize of opset 10); or region, scales, sizes."""
-    _, scales, sizes = (None, *given, None) if len(given) < 2 else (*given, None)[:3]
+    early = len(given) < 2
+    _, scales, sizes, *_ = [*[None] * early, *given, None, None]
     if sizes is not None:
         size = whole(sizes)
     else:
         scales = scales.tolist() if scales is not None else node.attributes["scales"]
         size = [math.floor(side * scale) for side, scale in zip(x.shape, scales, strict=True)]
-    early = len(given) < 2
     place = node.attributes.get("coordinate_transformation_mode", "asymmetric" if early else "half_pixel")
     mode = node.attributes.get("mode", "nearest")
     halves = place in ("half_pixel", "pytorch_half_pixel")

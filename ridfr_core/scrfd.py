@@ -48,42 +48,46 @@ def letterbox(image: Tensor, size: tuple[int, int], margin: int = 0) -> tuple[Te
         new_width = max(int(new_height / ratio), 1)
     else:
         new_height = max(int(new_width * ratio), 1)
-    rows, down = _places(height, new_height)
-    columns, across = _places(width, new_width)
-    resized = _blend(_pixels(image, rows.flatten(), columns.flatten(), margin), across, down)
     canvas = torch.zeros(1, 3, size[1], size[0])
-    canvas[0, :, :new_height, :new_width] = resized
-    return (canvas - 127.5) / 128, new_height / height
+    canvas[0, :, :new_height, :new_width] = _resized(image.detach(), (new_height, new_width), margin)
+    return canvas.sub_(127.5).div_(128), new_height / height
 
 
-def _places(side: int, new: int) -> tuple[Tensor, Tensor]:
-    """For `new` pixels in place of `side`: the two old ones [2,new] between which each lies, and their weights."""
-    place = (torch.arange(new, dtype=torch.float64) + 0.5) * (side / new) - 0.5
-    place = place.float().clamp(0, side - 1)
+def _resized(image: Tensor, size: tuple[int, int], margin: int) -> Tensor:
+    """An image [3,H,W] in [0,1] with a margin, as OpenCV resizes its bytes: 0 to 255, [3,h,w]."""
+    rows, down = _places(image.shape[1], size[0], margin)
+    columns, across = _places(image.shape[2], size[1], margin)
+    image, rows = _needed(image, 1, rows)
+    image, columns = _needed(image, 2, columns)
+    return torch.stack([_blended(channel.cpu(), rows, down, columns, across.float()) for channel in image])
+
+
+def _blended(channel: Tensor, rows: Tensor, down: Tensor, columns: Tensor, across: Tensor) -> Tensor:
+    """One colour [H,W] -> [h,w], with OpenCV's rounding on the way; on its side first, for whole rows are at hand."""
+    pixels = channel.clamp(0, 1).mul_(255).round_().T.contiguous()
+    left, right = (pixels.index_select(0, place).mul_(weight[:, None]) for place, weight in zip(columns, across))
+    mixed = left.add_(right).div_(16).floor_().T.int()
+    above, below = (mixed.index_select(0, place).mul_(weight[:, None]) >> 16 for place, weight in zip(rows, down))
+    return above.add_(below).add_(2) >> 2
+
+
+def _places(side: int, new: int, margin: int) -> tuple[Tensor, Tensor]:
+    """For each of `new` pixels in place of `side` and two margins: the two [2,new] between which it lies, and their
+    weights, 0 in the margin."""
+    whole = side + 2 * margin
+    place = ((torch.arange(new, dtype=torch.float64) + 0.5) * (whole / new) - 0.5).float().clamp(0, whole - 1)
     first = place.floor()
     share = ((place - first) * 2**COEFFICIENT).round().int()
-    first = first.long()
-    return torch.stack([first, (first + 1).clamp(max=side - 1)]), torch.stack([2**COEFFICIENT - share, share])
+    places = torch.stack([first, (first + 1).clamp(max=whole - 1)]).long() - margin
+    weights = torch.stack([2**COEFFICIENT - share, share]) * ((places >= 0) & (places < side))
+    return places.clamp(0, side - 1), weights
 
 
-def _pixels(image: Tensor, rows: Tensor, columns: Tensor, margin: int) -> Tensor:
-    """Pixels [3,rows,columns] of an image with a margin, 0 to 255."""
-    height, width = image.shape[1:]
-    rows, columns = rows - margin, columns - margin
-    picked = image.detach()[:, rows.clamp(0, height - 1).to(image.device)]
-    picked = picked[:, :, columns.clamp(0, width - 1).to(image.device)].cpu()
-    picked = (picked.clamp(0, 1) * 255).round().int()
-    inside = ((rows >= 0) & (rows < height))[:, None] & (columns >= 0) & (columns < width)
-    return picked * inside
-
-
-def _blend(pixels: Tensor, across: Tensor, down: Tensor) -> Tensor:
-    """[3,2h,2w] -> [3,h,w] by the weights, with OpenCV's rounding on the way."""
-    left, right = pixels.chunk(2, 2)
-    mixed = left * across[0] + right * across[1]
-    above, below = (half >> 4 for half in mixed.chunk(2, 1))
-    down = down[:, :, None]
-    return ((above * down[0] >> 16) + (below * down[1] >> 16) + 2) >> 2
+def _needed(image: Tensor, axis: int, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a large image only those rows or columns which are looked at, and their places among them."""
+    if places.numel() >= image.shape[axis]:
+        return image, places
+    return image.index_select(axis, places.flatten().to(image.device)), torch.arange(places.numel()).view_as(places)
 
 
 def candidates(outputs: Sequence[Tensor], size: tuple[int, int], threshold: float) -> Candidates:
