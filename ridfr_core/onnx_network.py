@@ -1,6 +1,7 @@
 """An ONNX graph as a network in torch, or where that can't be, in onnxruntime."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,18 +14,20 @@ from .onnx_operators import OPERATORS, Operator, Unsupported
 
 HOST = "@host"  # after a constant's name: its copy on the CPU
 MOST = 2**31  # numbers that all operators together may write for one picture; R100, the largest, needs a tenth
+FRESH = ("Conv", "ConvTranspose", "Add", "BatchNormalization")  # their outputs are tensors of their own, no views
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError, OverflowError)
 
 
 class Step(NamedTuple):
     """One operator. inputs: their names, "" for one left out; move: those that come from the CPU to the picture's
-    device; drop: what nobody needs after it."""
+    device; drop: what nobody needs after it; overwrite: its input may become its output, but for a gradient."""
 
     node: Node
     operator: Operator
     inputs: list[str]
     move: frozenset[int]
     drop: tuple[str, ...]
+    overwrite: bool
 
 
 class OnnxNetwork(nn.Module):
@@ -84,6 +87,8 @@ class OnnxNetwork(nn.Module):
         return tuple(values[name].to(x.device) for name in self.outputs)
 
     def _step(self, step: Step, inputs: list[Tensor | None]) -> tuple[Tensor, ...]:
+        if step.overwrite and not torch.is_grad_enabled():
+            return (torch.relu_(inputs[0]),)
         try:
             found = step.operator.run(step.node, *inputs)
         except Unsupported as reason:
@@ -145,11 +150,17 @@ class OnnxNetwork(nn.Module):
 def with_ends(steps: list, kept: set[str]) -> list[Step]:
     """Steps that know which values nobody needs after them."""
     last = {name: index for index, (_, _, inputs, _) in enumerate(steps) for name in inputs}
+    readers = Counter(name for _, _, inputs, _ in steps for name in inputs)
+    fresh = {node.output for node, *_ in steps if node.op in FRESH} - kept
     drop: list[list[str]] = [[] for _ in steps]
     for name, index in last.items():
         if name and name not in kept and not name.endswith(HOST):
             drop[index].append(name)
-    return [Step(*step, tuple(names)) for step, names in zip(steps, drop)]
+    return [
+        Step(node, operator, inputs, move, tuple(names),
+             node.op == "Relu" and inputs[0] in fresh and readers[inputs[0]] == 1)
+        for (node, operator, inputs, move), names in zip(steps, drop)
+    ]
 
 
 def unified(tensor: Tensor) -> Tensor:

@@ -351,8 +351,11 @@ def conv(node: Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     rank = weight.ndim - 2
     x, padding = padded(node, x, [*weight.shape[2:]])
     steps, spread = strides(node, "strides", rank), strides(node, "dilations", rank)
-    return torch.convolution(x, weight, bias, steps, padding, spread, False, [0] * rank,
-                             node.attributes.get("group", 1))
+    groups = node.attributes.get("group", 1)
+    if rank == 2 and [*weight.shape[2:], *steps, *padding, groups] == [1, 1, 1, 1, 0, 0, 1] and x.device.type == "cpu":
+        # torch has no good convolution of a pixel with channels last
+        return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+    return torch.convolution(x, weight, bias, steps, padding, spread, False, [0] * rank, groups)
 
 
 @operator("ConvTranspose", grows=True)
