@@ -14,18 +14,21 @@ from .onnx_operators import OPERATORS, Operator, Unsupported
 
 HOST = "@host"  # after a constant's name: its copy on the CPU
 MOST = 2**31  # numbers that all operators together may write for one picture; R100, the largest, needs a tenth
+SIZES = 8  # of inputs, for which what their shapes tell is kept
 FRESH = ("Conv", "ConvTranspose", "Add", "BatchNormalization")  # their outputs are tensors of their own, no views
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError, OverflowError)
 
 
 class Step(NamedTuple):
     """One operator. inputs: their names, "" for one left out; move: those that come from the CPU to the picture's
-    device; drop: what nobody needs after it; overwrite: its input may become its output, but for a gradient."""
+    device; on_host: it works out shapes, on the CPU; drop: what nobody needs after it; overwrite: its input may become
+    its output, but for a gradient."""
 
     node: Node
     operator: Operator
     inputs: list[str]
     move: frozenset[int]
+    on_host: bool
     drop: tuple[str, ...]
     overwrite: bool
 
@@ -49,6 +52,10 @@ class OnnxNetwork(nn.Module):
         self.host = {name + HOST: tensor for name, tensor in constants.items() if name + HOST in used}
         self.places = [name for name in constants if name in used]
         self.weights = nn.ParameterList(nn.Parameter(constants[name], False) for name in self.places)
+        on_host = {name for step in self.steps if step.on_host for name in step.node.outputs}
+        read = {name for step in self.steps if not step.on_host for name in step.inputs}
+        self.lasting = on_host & (read | set(self.outputs))
+        self.from_shapes: dict[torch.Size, dict[str, Tensor]] = {}  # of each size of input, what its shape tells
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.device.type == "cpu" and x.ndim == 4:
@@ -72,8 +79,11 @@ class OnnxNetwork(nn.Module):
             ) from error
 
     def _run(self, x: Tensor, weights: list[Tensor], limit: float = math.inf) -> tuple[Tensor, ...]:
-        values = {**self.host, **dict(zip(self.places, weights)), self.input: x}
+        known = self.from_shapes.get(x.shape)
+        values = {**self.host, **(known or {}), **dict(zip(self.places, weights)), self.input: x}
         for step in self.steps:
+            if step.on_host and known is not None:
+                continue
             inputs = [values[name] if name else None for name in step.inputs]
             for place in step.move:
                 inputs[place] = inputs[place].to(x.device)
@@ -84,13 +94,25 @@ class OnnxNetwork(nn.Module):
             limit -= sum(out.numel() for out in found)
             if limit < 0:
                 raise ValueError("it asks for too much memory")
+        if known is None:
+            self._remember(x.shape, values)
         return tuple(values[name].to(x.device) for name in self.outputs)
+
+    def _remember(self, size: torch.Size, values: dict[str, Tensor]) -> None:
+        """Keep what was worked out from an input's shape, for the next of the same."""
+        if len(self.from_shapes) >= SIZES:
+            self.from_shapes.clear()
+        self.from_shapes[size] = {name: values[name] for name in self.lasting}
 
     def _step(self, step: Step, inputs: list[Tensor | None]) -> tuple[Tensor, ...]:
         if step.overwrite and not torch.is_grad_enabled():
             return (torch.relu_(inputs[0]),)
         try:
-            found = step.operator.run(step.node, *inputs)
+            if step.on_host:  # not as inference tensors: a later run may need a gradient
+                with torch.inference_mode(False), torch.no_grad():
+                    found = step.operator.run(step.node, *inputs)
+            else:
+                found = step.operator.run(step.node, *inputs)
         except Unsupported as reason:
             raise unknown(self.name, str(reason)) from None
         return found if isinstance(found, tuple) else (found,)
@@ -99,7 +121,7 @@ class OnnxNetwork(nn.Module):
         """The operators that depend on the input; what depends on constants alone is added to those."""
         host: set[str] = set()
         known = {self.input, *constants}
-        found: list[tuple[Node, Operator, list[str], frozenset[int]]] = []
+        found: list[tuple[Node, Operator, list[str], frozenset[int], bool]] = []
         for node in graph.nodes:
             operator = OPERATORS.get(node.op)
             if operator is None:
@@ -128,11 +150,12 @@ class OnnxNetwork(nn.Module):
                     raise unknown(graph.name, f"{node.op} whose shape depends on the picture")
                 if name in host and not needed:
                     move.add(place)
-            found.append((node, operator, inputs, frozenset(move) if not on_host else frozenset()))
+            found.append((node, operator, inputs, frozenset(() if on_host else move), on_host))
         if missing := [name for name in self.outputs if name not in known]:
             raise FaceModelError(f"{graph.name} is not a whole network: nothing gives its output {missing[0]}. "
                                  "Download it again.")
-        return with_ends(found, {self.input, *self.outputs})
+        lasting = {name for _, _, inputs, _, on_host in found if not on_host for name in inputs if name in host}
+        return with_ends(found, {self.input, *self.outputs, *lasting})
 
     def _folded(self, node: Node, operator: Operator, constants: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = [constants[name] if name else None for name in node.inputs]
@@ -149,17 +172,17 @@ class OnnxNetwork(nn.Module):
 
 def with_ends(steps: list, kept: set[str]) -> list[Step]:
     """Steps that know which values nobody needs after them."""
-    last = {name: index for index, (_, _, inputs, _) in enumerate(steps) for name in inputs}
-    readers = Counter(name for _, _, inputs, _ in steps for name in inputs)
+    last = {name: index for index, (_, _, inputs, *_) in enumerate(steps) for name in inputs}
+    readers = Counter(name for _, _, inputs, *_ in steps for name in inputs)
     fresh = {node.output for node, *_ in steps if node.op in FRESH} - kept
     drop: list[list[str]] = [[] for _ in steps]
     for name, index in last.items():
         if name and name not in kept and not name.endswith(HOST):
             drop[index].append(name)
     return [
-        Step(node, operator, inputs, move, tuple(names),
+        Step(node, operator, inputs, move, on_host, tuple(names),
              node.op == "Relu" and inputs[0] in fresh and readers[inputs[0]] == 1)
-        for (node, operator, inputs, move), names in zip(steps, drop)
+        for (node, operator, inputs, move, on_host), names in zip(steps, drop)
     ]
 
 

@@ -352,9 +352,9 @@ def conv(node: Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     x, padding = padded(node, x, [*weight.shape[2:]])
     steps, spread = strides(node, "strides", rank), strides(node, "dilations", rank)
     groups = node.attributes.get("group", 1)
-    if rank == 2 and [*weight.shape[2:], *steps, *padding, groups] == [1, 1, 1, 1, 0, 0, 1] and x.device.type == "cpu":
-        # torch has no good convolution of a pixel with channels last
-        return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+    if rank == 2 and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # `convolution` would choose slower ones for small pictures with channels last
+        return torch.mkldnn_convolution(x, weight, bias, padding, steps, spread, groups)
     return torch.convolution(x, weight, bias, steps, padding, spread, False, [0] * rank, groups)
 
 
