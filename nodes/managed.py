@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..ridfr_core.adapter import IdentityAdapter
-from ..ridfr_core.face_model import FaceModel
+from ..ridfr_core.face_model import FaceModel, FaceModelError
 from ..ridfr_core.faces import Face
 from ..ridfr_core.onnx_network import device_of
 
@@ -82,7 +82,14 @@ class ManagedFaceModel:
         """Raw embeddings [B,D] of aligned crops [B,3,112,112] in [0,1]; their length tells of the crop's quality."""
         recogniser = self.ready().recogniser
         device = device_of(recogniser)
-        return torch.cat([recogniser(part.to(device) * 2 - 1).cpu() for part in one_by_one(crops.split(CHUNK))])
+        parts = [recogniser(part.to(device) * 2 - 1).cpu() for part in one_by_one(crops.split(CHUNK))]
+        features = torch.cat(parts).float()
+        if bad := (~(features.isfinite().all(1) & features.any(1))).nonzero().flatten().tolist():
+            raise FaceModelError(
+                f"The face model {self.model.name} gives no numbers, or NaN or infinity, of crop {bad[0] + 1}: its "
+                "recogniser's file is damaged, or made for other pictures, so use that of an insightface pack."
+            )
+        return features
 
     def embed(self, crops: Tensor) -> Tensor:
         """Unit embeddings [B,D] of aligned crops [B,3,112,112] in [0,1]."""
