@@ -15,7 +15,7 @@ from .faces import Detector, Face
 from .nano import WEIGHTS
 from .onnx_file import FaceModelError, Graph, read_graph, sha256
 from .onnx_network import RuntimeNetwork
-from .recognition import CROP_SIZE, load_recogniser
+from .recognition import CROP_SIZE, OnnxRecogniser, load_recogniser
 from .scrfd import LAYOUTS
 
 EMBEDDING = 512  # numbers in the embeddings that identity adapters know
@@ -31,13 +31,15 @@ PURPOSES = {
     NANO: "for drawn portraits, with the nano models",
     JUDGE: "judges results with drawn portraits; nano's adapter does not know its embeddings",
 }
+RUN_BY = "run by torch", "run by onnxruntime on the processor"
 
 
 @dataclass(frozen=True)
 class FaceModel:
     """A detector and a recogniser that belong together.
 
-    recogniser: IResNet, or OnnxRecogniser where the file holds another network.
+    recogniser: IResNet, or GraphRecogniser where the file holds another network; OnnxRecogniser, which has no
+    gradients, where torch can't run that.
     digest: sha256 of the recogniser's ONNX file, after "bgr-" where it sees red and blue swapped; embeddings of
     different digests cannot be compared.
     """
@@ -73,15 +75,10 @@ class FaceModel:
         """What was loaded, what runs it, what it is for: three lines."""
         size = "x".join(map(str, self.detector.fixed)) if self.detector.fixed else "pictures of any size"
         return "\n".join([
-            f"detector: {self.detector.path.name}, {size}, {runtime(self.detector.network)}",
-            f"recogniser: {self.recogniser.width} numbers, {runtime(self.recogniser)}",
+            f"detector: {self.detector.path.name}, {size}, {RUN_BY[isinstance(self.detector.network, RuntimeNetwork)]}",
+            f"recogniser: {self.recogniser.width} numbers, {RUN_BY[isinstance(self.recogniser, OnnxRecogniser)]}",
             self.purpose,
         ])
-
-
-def runtime(network: nn.Module) -> str:
-    slow = any(isinstance(module, RuntimeNetwork) for module in network.modules())
-    return "run by onnxruntime on the processor" if slow else "run by torch"
 
 
 def load_face_model(folder: str | Path, operations: ModuleType | type = nn, bgr: bool = False) -> FaceModel:

@@ -90,7 +90,7 @@ def read_graph(path: str | Path, weights: bool = True) -> Graph:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
                 return _Reader(view, weights).graph(path.name)
     except Damaged as reason:
-        raise FaceModelError(f"{path.name} cannot be read as an ONNX file ({reason}): download it again.") from None
+        raise FaceModelError(f"{path.name} cannot be read as ONNX ({reason}): download it again.") from None
 
 
 def sha256(path: str | Path) -> str:

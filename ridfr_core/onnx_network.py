@@ -2,15 +2,17 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .onnx_file import FaceModelError, Graph, Node
 from .onnx_operators import OPERATORS, Operator, Unsupported
+
+Result = TypeVar("Result")
 
 HOST = "@host"  # after a constant's name: its copy on the CPU
 MOST = 2**31  # numbers that all operators together may write for one picture; R100, the largest, needs a tenth
@@ -221,21 +223,35 @@ class RuntimeNetwork(nn.Module):
         found = self.session.run(None, {self.input: x.float().cpu().numpy()})
         return tuple(torch.from_numpy(value).to(x.device) for value in found)
 
+    def try_out(self, size: Sequence[int]) -> tuple[Tensor, ...]:
+        """The outputs for an input of that size, all zeros. Raises onnxruntime's errors."""
+        return self.forward(torch.zeros(*size))
 
-def load_network(path: Path, graph: Graph, size: Sequence[int]) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """OnnxNetwork of a file, or RuntimeNetwork where it has what torch is not taught here; and its outputs for zeros.
 
-    size: of a usual input. Raises FaceModelError where neither runs it.
+def torch_or_onnxruntime(ours: Callable[[], Result], theirs: Callable[[], Result]) -> Result:
+    """What `ours` makes of a file, or `theirs` where torch is not taught here what the file has.
+
+    Raises the FaceModelError of `ours` where both fail.
     """
     try:
-        network = OnnxNetwork(graph)
-        return network, network.try_out(size)
+        return ours()
     except FaceModelError as error:
         try:
-            network = RuntimeNetwork(path)
-            return network, network.forward(torch.zeros(*size))
-        except Exception:  # not installed, or one of onnxruntime's many errors for a broken file
+            return theirs()
+        except Exception:  # onnxruntime is not installed, or raises one of its many errors for a broken file
             raise error from None
+
+
+def load_network(path: Path, graph: Graph, size: Sequence[int]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """OnnxNetwork of a file, or RuntimeNetwork, and its outputs for zeros of a usual `size`.
+
+    Raises FaceModelError where neither runs it.
+    """
+
+    def tried(network: nn.Module) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        return network, network.try_out(size)
+
+    return torch_or_onnxruntime(lambda: tried(OnnxNetwork(graph)), lambda: tried(RuntimeNetwork(path)))
 
 
 def device_of(network: nn.Module) -> torch.device:

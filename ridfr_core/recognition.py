@@ -1,7 +1,7 @@
 """Face recognition in torch: one network for embeddings and for their gradients.
 
 insightface publishes its recognisers as ONNX. `load_iresnet` reads an ArcFace file, or the safetensors copy that
-`ridfr convert` makes of it, into `IResNet`, the same network written in torch; `OnnxRecogniser` is any other one.
+`ridfr convert` makes of it, into `IResNet`, the same network written in torch; `GraphRecogniser` is any other one.
 Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import checkpoints
 from .onnx_file import FaceModelError, Graph, read_graph
 from .onnx_iresnet import read_iresnet
-from .onnx_network import OnnxNetwork, load_network
+from .onnx_network import OnnxNetwork, RuntimeNetwork, torch_or_onnxruntime
 
 CROP_SIZE = 112
 WIDEST = 2**16  # channels of a layer: nothing larger is taken for an IResNet
@@ -81,25 +81,24 @@ class IResNet(nn.Module):
         return self.features(self.linear(self.norm(x).flatten(1)))
 
 
-class OnnxRecogniser(nn.Module):
-    """A recogniser of another design (MobileFaceNet, ...) from its ONNX file: called like IResNet.
+class GraphRecogniser(nn.Module):
+    """A recogniser of another design (MobileFaceNet, ...), as its ONNX graph says: called like IResNet.
 
-    width: numbers in an embedding. Without gradients where onnxruntime runs it.
+    width: numbers in an embedding.
     """
 
-    def __init__(self, path: Path, graph: Graph, bgr: bool = False):
-        """bgr: swap red and blue before the network sees them. Raises FaceModelError where it cannot be run."""
+    def __init__(self, network: nn.Module, graph: Graph, bgr: bool = False):
+        """network: runs the graph. bgr: swap red and blue before the network sees them."""
         super().__init__()
-        self.network, outputs = load_network(path, graph, (1, 3, CROP_SIZE, CROP_SIZE))
-        self.bgr, self.bytes, self.width = bgr, _scales_itself(graph), outputs[0].numel()
+        self.network, self.bgr, self.bytes = network, bgr, _scales_itself(graph)
+        self.width = network.try_out((1, 3, CROP_SIZE, CROP_SIZE))[0].numel()
         self.one_by_one = not self._takes_several(next(iter(graph.inputs.values()))[0])
 
     def _takes_several(self, batch: int | None) -> bool:
-        """Many files are made for one picture at a time; `batch` is what they say, which is not always true."""
-        if not isinstance(self.network, OnnxNetwork):
-            return batch is None
+        """Many files are made for one crop at a time. batch: how many the file says; torch need not go by it."""
         try:
-            return self.network.try_out((2, 3, CROP_SIZE, CROP_SIZE))[0].flatten(1).shape == (2, self.width)
+            found = self.network.try_out((2, 3, CROP_SIZE, CROP_SIZE))[0].flatten(1)
+            return found.shape == (2, self.width)
         except FaceModelError:
             return False
 
@@ -109,6 +108,17 @@ class OnnxRecogniser(nn.Module):
         x = (x + 1) * 127.5 if self.bytes else x
         parts = x.split(1) if self.one_by_one else [x]
         return torch.cat([self.network(part)[0].flatten(1) for part in parts])
+
+
+class OnnxRecogniser(GraphRecogniser):
+    """A recogniser that only onnxruntime runs: on the processor, without gradients."""
+
+    def __init__(self, path: str | Path, bgr: bool = False):
+        """Raises FaceModelError for a damaged file, ImportError without onnxruntime, onnxruntime's own errors."""
+        super().__init__(RuntimeNetwork(path), read_graph(path, weights=False), bgr)
+
+    def _takes_several(self, batch: int | None) -> bool:
+        return batch is None
 
 
 def _scales_itself(graph: Graph) -> bool:
@@ -123,7 +133,9 @@ def embed(recogniser: nn.Module, crops: Tensor) -> Tensor:
 
 
 def load_recogniser(path: str | Path, operations: ModuleType | type = nn, bgr: bool = False) -> nn.Module:
-    """IResNet, or OnnxRecogniser for an ONNX file of another design. bgr: it sees red and blue swapped.
+    """IResNet, or GraphRecogniser for an ONNX file of another design, or else OnnxRecogniser.
+
+    bgr: it sees red and blue swapped.
 
     Raises FaceModelError, CheckpointError as of `load_iresnet`, FaceModelError where nothing runs it.
     """
@@ -135,7 +147,8 @@ def load_recogniser(path: str | Path, operations: ModuleType | type = nn, bgr: b
         try:
             net = _iresnet(*read_iresnet(graph), path.name, operations)
         except FaceModelError:  # a whole ONNX file, but of another network
-            return OnnxRecogniser(path, graph, bgr)
+            return torch_or_onnxruntime(lambda: GraphRecogniser(OnnxNetwork(graph), graph, bgr),
+                                        lambda: OnnxRecogniser(path, bgr))
     if bgr:  # the first layer's weights swapped see what the pixels swapped would show, gradients included
         net.stem.weight.copy_(net.stem.weight.flip(1))
     return net

@@ -1,6 +1,7 @@
 """Packs as insightface has them: read by us and by insightface itself."""
 
 import shutil
+import sys
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from ridfr_core.face_model import load_face_model, role_of
 from ridfr_core.faces import align
 from ridfr_core.nano import WEIGHTS
 from ridfr_core.nano.portraits import SPLITS, render
-from ridfr_core.recognition import FaceModelError, IResNet, OnnxRecogniser, embed
+from ridfr_core.recognition import FaceModelError, GraphRecogniser, IResNet, OnnxRecogniser, embed, load_recogniser
 from ridfr_core.training import detector, recogniser
 from tests.real_faces import photos, real
 
@@ -93,10 +94,31 @@ def test_another_architecture_runs_in_torch(pack, tmp_path):
     net = recogniser.plain_net()
     recogniser.export_onnx(net, tmp_path / "plain" / "rec.onnx")
     model = load_face_model(tmp_path / "plain")
-    assert isinstance(model.recogniser, OnnxRecogniser)
+    assert isinstance(model.recogniser, GraphRecogniser) and not isinstance(model.recogniser, OnnxRecogniser)
     crops = torch.rand(3, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(embed(model.recogniser, crops), embed(net.eval(), crops), atol=1e-4, rtol=1e-3)
+
+
+def test_an_operator_that_only_onnxruntime_knows(pack, tmp_path, monkeypatch):
+    shutil.copytree(pack, tmp_path / "odd")
+    path = tmp_path / "odd" / "rec.onnx"
+    recogniser.export_onnx(recogniser.plain_net(), path)
+    expected = load_recogniser(path)
+    model = onnx.load(str(path))
+    last = model.graph.node[-1]
+    output, last.output[0] = last.output[0], "raw"
+    model.graph.node.append(onnx.helper.make_node("Sinh", ["raw"], ["s"]))
+    model.graph.node.append(onnx.helper.make_node("Asinh", ["s"], [output]))
+    onnx.save(model, str(path))
+    found = load_face_model(tmp_path / "odd")
+    assert isinstance(found.recogniser, OnnxRecogniser) and "run by onnxruntime" in found.describe().splitlines()[1]
+    crops = torch.rand(3, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(embed(found.recogniser, crops), embed(expected, crops), atol=1e-4, rtol=0)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(FaceModelError, match="rec.onnx has the operator Sinh, .* install onnxruntime"):
+        load_face_model(tmp_path / "odd")
 
 
 def test_the_real_pack(tmp_path):

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from ridfr_core import checkpoints
 from ridfr_core.errors import RidfrError
-from ridfr_core.recognition import FaceModelError, IResNet, OnnxRecogniser, embed, load_iresnet, load_recogniser
+from ridfr_core.recognition import FaceModelError, GraphRecogniser, IResNet, embed, load_iresnet, load_recogniser
 from ridfr_core.training.recogniser import export_onnx, iresnet, plain_net
 from tests.real_faces import real
 
@@ -326,7 +326,7 @@ def assert_embeds(net, path):
 
 def test_another_design_has_gradients(plain):
     net = load_recogniser(plain)
-    assert isinstance(net, OnnxRecogniser) and net.width == 512 and not net.one_by_one
+    assert isinstance(net, GraphRecogniser) and net.width == 512 and not net.one_by_one
     assert_embeds(net, plain)
     net, image = net.double(), crops(1).double().requires_grad_()
     direction = torch.randn(image.shape, generator=torch.Generator().manual_seed(5), dtype=torch.double)

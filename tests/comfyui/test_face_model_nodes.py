@@ -230,7 +230,7 @@ def test_a_narrow_recogniser_matches_and_judges(nodes, load, copy, shown):
 def test_broken_files_end_in_a_sentence(load, copy, name, content):
     whole = (copy / name).read_bytes()
     (copy / name).write_bytes(whole[: len(whole) // 2] if content == "half" else content)
-    with pytest.raises(ValueError, match=f"{name} cannot be read as an ONNX file") as failure:
+    with pytest.raises(ValueError, match=f"{name} cannot be read as ONNX") as failure:
         load(copy)
     assert type(failure.value).__name__ == "FaceModelError" and "\n" not in str(failure.value)
 
