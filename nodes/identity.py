@@ -1,5 +1,8 @@
 """Nodes that say who a face is: extract an identity, compare two faces."""
 
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
 import comfy.clip_vision
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,6 @@ from ..ridfr_core.identity import (
     Quality,
     check_weights,
     describe,
-    height_of,
     one_photo_each,
     parse_weights,
     reference_faces,
@@ -23,10 +25,11 @@ from ..ridfr_core.sharpness import estimate_degradation
 from . import types
 from .border import same_batch, to_comfy, to_core, to_photos
 from .checks import checked
-from .managed import ManagedFaceModel, loaded
+from .managed import CHUNK, ManagedFaceModel, loaded, one_by_one
 
 ONE_PERSON = "all photos show one person"
 MANY_PEOPLE = "each photo is another person"
+ZERO_IMAGE: WeakKeyDictionary = WeakKeyDictionary()  # CLIP vision model -> what it says of zeros, while it lives
 
 
 class ExtractIdentity(io.ComfyNode):
@@ -85,7 +88,7 @@ class ExtractIdentity(io.ComfyNode):
     ) -> io.NodeOutput:
         photos = to_photos(images, "reference image")
         counts = parse_weights("" if batch == MANY_PEOPLE else weights, len(photos))
-        faces = reference_faces(face_model.model, photos)
+        faces = reference_faces(face_model.ready(), one_by_one(photos))
         landmarks = torch.stack([face.landmarks for face in faces])
         crops, large = align(photos, landmarks, 112), align(photos, landmarks, 224)
         features = face_model.features(crops)
@@ -96,16 +99,18 @@ class ExtractIdentity(io.ComfyNode):
         identity = Identity((person,), zero_image_states(clip_vision), recogniser.digest, crops, recogniser.name)
         if batch == MANY_PEOPLE:
             identity = one_photo_each(identity)
-        report = describe(identity)
+        names = {f"reference image {number}": face for number, face in enumerate(faces, start=1)}
+        report = "\n".join([describe(identity), *face_model.model.doubts(names)])
         PromptServer.instance.send_progress_text(report, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(identity, report)
 
 
 def qualities(faces: list[Face], features: Tensor, crops: Tensor) -> tuple[Quality, ...]:
-    """The quality of each photo, from its face, its raw embedding [B,512] and its aligned crop [B,3,224,224]."""
-    norms, sharpness = features.norm(dim=-1).tolist(), (1 - estimate_degradation(crops)).tolist()
+    """The quality of each photo, from its face, its raw embedding [B,D] and its aligned crop [B,3,224,224]."""
+    degradation = torch.cat([estimate_degradation(part) for part in crops.split(CHUNK)])
+    norms, sharpness = features.norm(dim=-1).tolist(), (1 - degradation).tolist()
     return tuple(
-        Quality(height_of(face), face.score, norm, sharp) for face, norm, sharp in zip(faces, norms, sharpness)
+        Quality(face.height, face.score, norm, sharp) for face, norm, sharp in zip(faces, norms, sharpness)
     )
 
 
@@ -113,15 +118,23 @@ def clip_states(clip_vision: comfy.clip_vision.ClipVisionModel | None, crops: Te
     """CLIP's penultimate hidden states [B,T,D] of aligned crops [B,3,224,224], or None without a CLIP."""
     if clip_vision is None:
         return None
-    return clip_vision.encode_image(to_comfy(crops))["penultimate_hidden_states"].float().cpu()
+    parts = one_by_one(crops.split(CHUNK))
+    return torch.cat([clip_vision.encode_image(to_comfy(part))["penultimate_hidden_states"].float().cpu()
+                      for part in parts])
 
 
 def zero_image_states(clip_vision: comfy.clip_vision.ClipVisionModel | None) -> Tensor | None:
-    """CLIP's penultimate hidden states [T,D] of zeros *after* normalisation: the unconditional image of IP-Adapter."""
+    """CLIP's penultimate hidden states [T,D] of zeros *after* normalisation: the unconditional image of IP-Adapter.
+
+    They are the same for every photo, so each CLIP is asked once.
+    """
     if clip_vision is None:
         return None
-    pixels = torch.zeros(1, 3, clip_vision.image_size, clip_vision.image_size, device=loaded(clip_vision.patcher))
-    return clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1][0].float().cpu()
+    if (known := ZERO_IMAGE.get(clip_vision)) is None:
+        pixels = torch.zeros(1, 3, clip_vision.image_size, clip_vision.image_size, device=loaded(clip_vision.patcher))
+        known = clip_vision.model(pixel_values=pixels, intermediate_output=-2)[1][0].float().cpu()
+        ZERO_IMAGE[clip_vision] = known
+    return known
 
 
 class CompareIdentity(io.ComfyNode):
@@ -160,39 +173,55 @@ class CompareIdentity(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, face_model: ManagedFaceModel, image_a: Tensor, image_b: Tensor) -> io.NodeOutput:
-        image_a, image_b = same_batch(image_a, image_b, "The first input", "the second")
-        a = face_embeddings(face_model, to_core(image_a))
-        b = face_embeddings(face_model, to_core(image_b))
-        scores = [float(x @ y) if x is not None and y is not None else None for x, y in zip(a, b, strict=True)]
+        number = len(same_batch(image_a, image_b, "The first input", "the second")[0])
+        faces, others = (found_faces(face_model, to_core(image)) for image in (image_a, image_b))
+        pairs = [(faces.get(i % len(image_a)), others.get(i % len(image_b))) for i in range(number)]
+        scores = [float(a.embedding @ b.embedding) if a and b else None for a, b in pairs]
         found = [score for score in scores if score is not None]
         mean = sum(found) / len(found) if found else 0.0
-        lines = [similarity_line(*pair) for pair in zip(range(1, len(a) + 1), a, b, scores, strict=True)]
-        text = "\n".join([f"similarity {mean:.3f} over {len(found)} of {len(scores)}", *lines])
+        lines = [similarity_line(i, *pair, score) for i, (pair, score) in enumerate(zip(pairs, scores), start=1)]
+        doubts = face_model.model.doubts(named(faces, "image") | named(others, "image to compare with"))
+        text = "\n".join([f"similarity {mean:.3f} over {len(found)} of {len(scores)}", *lines, *doubts])
         PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(mean, text, ui={"text": [text], "similarity": scores})
 
 
-def found_faces(face_model: ManagedFaceModel, photos: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """Aligned crop [3,112,112] and unit embedding [512] of the largest face in each image of [B,3,H,W], by its index.
+class FoundFace(NamedTuple):
+    """The largest face of a photo: where it is, its aligned crop [3,112,112] and its unit embedding [D]."""
 
-    Images without a face are left out.
-    """
-    faces = {i: found[0] for i, photo in enumerate(photos) if (found := face_model.model.detector.detect(photo))}
+    face: Face
+    crop: Tensor
+    embedding: Tensor
+
+
+def found_faces(face_model: ManagedFaceModel, photos: Tensor) -> dict[int, FoundFace]:
+    """The largest face in each image of [B,3,H,W], by its index; images without a face are left out."""
+    faces, crops = {}, []
+    for i, photo in enumerate(one_by_one(photos)):
+        if found := face_model.detect(photo):
+            faces[i] = found[0]
+            crops.append(align(photo[None], found[0].landmarks[None]))
     if not faces:
         return {}
-    crops = align(photos[list(faces)], torch.stack([face.landmarks for face in faces.values()]))
-    return dict(zip(faces, zip(crops, face_model.embed(crops))))
+    crops = torch.cat(crops)
+    seen = zip(faces.values(), crops, face_model.embed(crops))
+    return {i: FoundFace(*one) for i, one in zip(faces, seen)}
+
+
+def named(found: dict[int, FoundFace], what: str) -> dict[str, Face]:
+    """Faces by the name of their picture, as errors and notes call it."""
+    return {f"{what} {i + 1}": one.face for i, one in found.items()}
 
 
 def face_embeddings(face_model: ManagedFaceModel, photos: Tensor) -> list[Tensor | None]:
-    """Unit embedding [512] of the largest face in each image of [B,3,H,W], None where there is none."""
+    """Unit embedding [D] of the largest face in each image of [B,3,H,W], None where there is none."""
     found = found_faces(face_model, photos)
-    return [found[i][1] if i in found else None for i in range(len(photos))]
+    return [found[i].embedding if i in found else None for i in range(len(photos))]
 
 
-def similarity_line(number: int, a: Tensor | None, b: Tensor | None, score: float | None) -> str:
-    if a is None:
+def similarity_line(number: int, face: FoundFace | None, other: FoundFace | None, score: float | None) -> str:
+    if face is None:
         return f"image {number}: no face found"
-    if b is None:
+    if other is None:
         return f"image {number}: no face found in the image to compare with"
     return f"image {number}: {score:.3f}"

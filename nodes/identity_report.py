@@ -11,7 +11,7 @@ from ..ridfr_core.identity_report import Seen, report_sheet, report_text
 from . import types
 from .border import to_photos
 from .checks import checked
-from .identity import found_faces
+from .identity import FoundFace, found_faces, named
 from .managed import ManagedFaceModel
 
 
@@ -52,9 +52,15 @@ class IdentityReport(io.ComfyNode):
     @checked
     def execute(cls, face_model: ManagedFaceModel, identity: Identity, images: Tensor | None = None) -> io.NodeOutput:
         references = seen_references(face_model, identity)
-        results = [] if images is None else seen_results(face_model, to_photos(images, "restored image"), identity)
+        results, doubts = [], []
+        if images is not None:
+            photos = to_photos(images, "restored image")
+            check_number(photos, identity)
+            found = found_faces(face_model, photos)
+            results = seen_results(found, photos, identity)
+            doubts = face_model.model.doubts(named(found, "restored image"))
         sheet = report_sheet(results, references, f"1.2 is photo 2 of person 1; judged by {face_model.model.name}")
-        text = report_text(results, references)
+        text = "\n".join([report_text(results, references), *doubts])
         PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)  # shown on the node
         table = torch.from_numpy(numpy.asarray(sheet, dtype=numpy.float32) / 255)[None]
         return io.NodeOutput(table, text, ui=ui.PreviewImage(table))
@@ -69,13 +75,17 @@ def seen_references(face_model: ManagedFaceModel, identity: Identity) -> list[Se
     ]
 
 
-def seen_results(face_model: ManagedFaceModel, photos: Tensor, identity: Identity) -> list[Seen]:
-    """The faces in [B,3,H,W], whole pictures where there is none. Raises IdentityError for another number of people."""
+def check_number(photos: Tensor, identity: Identity) -> None:
+    """Raises IdentityError for another number of photos than of people, if those are several."""
     people = len(identity.people)
     if people not in (1, len(photos)):
         raise IdentityError(f"There are {len(photos)} restored images for {people} people: connect one for each.")
-    found = found_faces(face_model, photos)
-    faces = [found.get(i, (photo, None)) for i, photo in enumerate(photos)]
+
+
+def seen_results(found: dict[int, FoundFace], photos: Tensor, identity: Identity) -> list[Seen]:
+    """The faces that were found in [B,3,H,W], whole pictures where there is none."""
+    people = len(identity.people)
+    faces = [(found[i].crop, found[i].embedding) if i in found else (photo, None) for i, photo in enumerate(photos)]
     return [
         Seen(f"result {i}", crop, i if people > 1 else 1, embedding)
         for i, (crop, embedding) in enumerate(faces, start=1)

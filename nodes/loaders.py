@@ -10,7 +10,7 @@ from server import PromptServer
 from ..ridfr_core import checkpoints
 from ..ridfr_core.adapter import IdentityAdapter
 from ..ridfr_core.content import CHOICES, understand
-from ..ridfr_core.face_model import digest_of, load_face_model
+from ..ridfr_core.face_model import digest_of, face_model_files, load_face_model
 from ..ridfr_core.nano.config import CONTEXT
 from . import nano, paths, types
 from .adapter_lora import find_lora, lora_path
@@ -60,16 +60,16 @@ class LoadFaceModel(io.ComfyNode):
             category=types.CATEGORY,
             description="Loads the models that find a face and recognise whose it is: an insightface folder such as "
             "buffalo_l or antelopev2 in models/insightface/models. 'nano' comes with this pack and knows "
-            "drawn portraits only.",
+            "drawn portraits only. The node shows what was loaded and what it is for.",
             search_aliases=["insightface", "arcface", "face detection", "face recognition", "antelopev2", "buffalo_l"],
             inputs=[
                 io.Combo.Input(
                     "pack",
                     options=paths.face_models(),
-                    default=paths.NANO,
+                    default=paths.face_models()[0],
                     display_name="face model",
                     tooltip="The folder to load. Use the same one that the identity adapter was made for: "
-                    "buffalo_l for FaceID adapters. 'nano_judge' judges results and guides nothing.",
+                    "buffalo_l for FaceID adapters. 'nano' is for drawn portraits, and 'nano_judge' only judges them.",
                 ),
                 io.Combo.Input(
                     "colour_order",
@@ -87,13 +87,19 @@ class LoadFaceModel(io.ComfyNode):
                     display_name="face_model", tooltip="Goes to Extract Identity and Compare Identity."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, pack: str, colour_order: str = RGB) -> str:
+        return paths.fingerprint(*face_model_files(paths.face_model_folder(pack)))
 
     @classmethod
     @checked
     def execute(cls, pack: str, colour_order: str = RGB) -> io.NodeOutput:
         model = load_face_model(paths.face_model_folder(pack), bgr=colour_order == BGR)
-        return io.NodeOutput(ManagedFaceModel(model, managed(model.recogniser)))
+        PromptServer.instance.send_progress_text(model.describe(), cls.hidden.unique_id)  # shown on the node
+        return io.NodeOutput(ManagedFaceModel.of(model))
 
 
 class LoadIdentityAdapter(io.ComfyNode):

@@ -1,8 +1,10 @@
 """ridfr_core networks in the care of ComfyUI's model management, which loads, unloads and counts them."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import comfy.model_management
+import comfy.utils
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import CoreModelPatcher, ModelPatcher
@@ -10,9 +12,13 @@ from torch import Tensor, nn
 
 from ..ridfr_core.adapter import IdentityAdapter
 from ..ridfr_core.errors import RidfrError
-from ..ridfr_core.face_model import FaceModel, digest_of
+from ..ridfr_core.face_model import FaceModel, FaceModelError, digest_of
+from ..ridfr_core.faces import Face
 from ..ridfr_core.identity import Identity
+from ..ridfr_core.onnx_network import device_of
 from . import paths
+
+CHUNK = 32  # face crops in one forward: 400 MB of activations in R100, the largest recogniser
 
 
 def managed(network: nn.Module) -> ModelPatcher:
@@ -37,25 +43,59 @@ def eager(operations: type) -> type:
     return type("Eager", (operations,), {"Linear": Linear})
 
 
-def loaded(patcher: ModelPatcher) -> torch.device:
-    """Have the network on its compute device; returns that device."""
-    comfy.model_management.load_models_gpu([patcher])
+def loaded(patcher: ModelPatcher, whole: bool = False) -> torch.device:
+    """Have the network on its compute device; returns that device.
+
+    whole: all of it, for networks of layers that are not ComfyUI's, which cannot fetch their weights themselves.
+    """
+    comfy.model_management.load_models_gpu([patcher], force_full_load=whole)
     return patcher.load_device
+
+
+def one_by_one(items: Sequence) -> Iterator:
+    """The items, with ComfyUI's progress bar going on and its stop button working between them."""
+    bar = comfy.utils.ProgressBar(len(items))
+    for item in items:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield item
+        bar.update(1)
 
 
 @dataclass(frozen=True)
 class ManagedFaceModel:
-    """What a RIDFR_FACE_MODEL wire carries."""
+    """What a RIDFR_FACE_MODEL wire carries. patcher: of detector and recogniser together."""
 
     model: FaceModel
     patcher: ModelPatcher
 
+    @classmethod
+    def of(cls, model: FaceModel) -> "ManagedFaceModel":
+        return cls(model, managed(nn.ModuleList([model.recogniser, model.detector.network])))
+
+    def ready(self) -> FaceModel:
+        """The face model, with its networks on their compute device."""
+        loaded(self.patcher, whole=True)
+        return self.model
+
+    def detect(self, photo: Tensor) -> list[Face]:
+        """Faces in a photo [3,H,W], largest first; see `Detector.detect`."""
+        return self.ready().detector.detect(photo)
+
     def features(self, crops: Tensor) -> Tensor:
-        """Raw embeddings [B,512] of aligned crops [B,3,112,112] in [0,1]; their length tells of the crop's quality."""
-        return self.model.recogniser(crops.to(loaded(self.patcher)) * 2 - 1).cpu()
+        """Raw embeddings [B,D] of aligned crops [B,3,112,112] in [0,1]; their length tells of the crop's quality."""
+        recogniser = self.ready().recogniser
+        device = device_of(recogniser)
+        parts = [recogniser(part.to(device) * 2 - 1).cpu() for part in one_by_one(crops.split(CHUNK))]
+        features = torch.cat(parts).float()
+        if bad := (~(features.isfinite().all(1) & features.any(1))).nonzero().flatten().tolist():
+            raise FaceModelError(
+                f"The face model {self.model.name} gives no numbers, or NaN or infinity, of crop {bad[0] + 1}: its "
+                "recogniser's file is damaged, or made for other pictures, so use that of an insightface pack."
+            )
+        return features
 
     def embed(self, crops: Tensor) -> Tensor:
-        """Unit embeddings [B,512] of aligned crops [B,3,112,112] in [0,1]."""
+        """Unit embeddings [B,D] of aligned crops [B,3,112,112] in [0,1]."""
         return F.normalize(self.features(crops), dim=-1)
 
 

@@ -70,7 +70,7 @@ class ImageQuality(io.ComfyNode):
         truths = fit_to(to_core(truth), images.shape[-2:], "The truth", "the picture to judge")
         found = {"PSNR": psnr(images, truths).clamp(max=EQUAL).tolist(), "SSIM": ssim(images, truths).tolist()}
         if face_model is not None:
-            found["LMD"] = landmark_distances(face_model.model.detector, images, truths)
+            found["LMD"] = landmark_distances(face_model.ready().detector, images, truths)
         lines = [measure_line(name, values) for name, values in found.items()]
         if perceptual:
             lines += perceptual_lines(images, truths)

@@ -8,6 +8,7 @@ from ..ridfr_core.errors import RidfrError
 from ..ridfr_core.nano import WEIGHTS
 
 NANO = "nano"
+PREFERRED = "buffalo_l"  # the face model that the published FaceID adapters were made for
 NANO_FILES = {"ipadapter": "identity_adapter.safetensors", "controlnet": "content_controlnet.safetensors"}
 EXTENSIONS = {
     "insightface": {".onnx"},
@@ -27,7 +28,8 @@ def register_folders() -> None:
 
 
 def face_models() -> list[str]:
-    """Face model folders: the bundled ones, then every models/insightface/models/<name> that holds ONNX files."""
+    """Face model folders: every models/insightface/models/<name> that holds ONNX files, PREFERRED first, then the
+    bundled ones."""
     own = sorted(folder.name for folder in _nano_face_models().glob("*") if folder.is_dir())
     users = {
         folder.name
@@ -35,7 +37,7 @@ def face_models() -> list[str]:
         for folder in root.glob("*")
         if any(folder.glob("*.onnx")) or any(folder.glob("*/*.onnx"))
     }
-    return own + sorted(users - set(own))
+    return sorted(users - set(own), key=lambda name: (name != PREFERRED, name)) + own
 
 
 def face_model_folder(name: str) -> Path:

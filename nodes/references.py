@@ -17,7 +17,7 @@ from ..ridfr_core.identity import (
 from . import types
 from .border import to_photos
 from .checks import checked
-from .identity import face_embeddings
+from .identity import FoundFace, found_faces, named
 from .managed import ManagedFaceModel
 
 MORE_PHOTOS = "more photos of the same person"
@@ -112,32 +112,34 @@ class CombineReferences(io.ComfyNode):
         face_model: ManagedFaceModel | None = None,
         degraded: Tensor | None = None,
     ) -> io.NodeOutput:
-        chosen = []
+        chosen, doubts = [], []
         if method == MEAN:
             identity = weighted_mean(identity)
         elif method == BEST:
-            probes = degraded_faces(identity, face_model, degraded)
+            found = degraded_faces(identity, face_model, degraded)
+            probes = [found[i].embedding if i in found else None for i in range(len(identity.people))]
+            doubts = face_model.model.doubts(named(found, "degraded image")) if found else []
             identity, photos = best_match(identity, probes)
             chosen = [
                 f"person {number}: photo {photo + 1}, most like the {'average' if probe is None else 'degraded face'}"
                 for number, (photo, probe) in enumerate(zip(photos, probes), start=1)
             ]
-        report = "\n".join([*chosen, describe(identity)])
+        report = "\n".join([*chosen, describe(identity), *doubts])
         PromptServer.instance.send_progress_text(report, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(identity, report)
 
 
 def degraded_faces(
     identity: Identity, face_model: ManagedFaceModel | None, degraded: Tensor | None
-) -> list[Tensor | None]:
-    """For each person the embedding [512] of the degraded face, None where none is given or found."""
+) -> dict[int, FoundFace]:
+    """The degraded faces by the index of the person, where one is given and found."""
     people = len(identity.people)
     if degraded is None:
-        return [None] * people
+        return {}
     if face_model is None:
         raise IdentityError("The degraded face is compared with the photos by a face model: connect that, too.")
     check_recogniser(identity, face_model.model.name, face_model.model.digest)
     photos = to_photos(degraded, "degraded image")
     if len(photos) != people:
         raise IdentityError(f"There are {len(photos)} degraded images for {people} people: connect one for each.")
-    return face_embeddings(face_model, photos)
+    return found_faces(face_model, photos)

@@ -1,11 +1,10 @@
-"""Faces in images: detection by insightface's SCRFD, and five-point similarity alignment.
+"""Faces in images: detection by insightface's SCRFD in torch, and five-point similarity alignment.
 
 Landmarks are pixels (x, y) with pixel centres at integers, in insightface's order: the viewer's left eye, the right
 eye, nose tip, left and right mouth corner. Images are RGB in [0,1].
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .onnx_file import FaceModelError, read_graph, sha256
+from .onnx_network import device_of, load_network
+from .scrfd import LAYOUTS, Candidates, best_of_each, candidates, letterbox
+
 # Where the five landmarks lie in an aligned crop. 112 px: insightface `face_align.arcface_dst`; 512 px: FFHQ's mean
 # face as the face restoration field uses it (facexlib).
 ARCFACE_TEMPLATE = torch.tensor(
@@ -21,6 +24,8 @@ ARCFACE_TEMPLATE = torch.tensor(
 FFHQ_TEMPLATE = torch.tensor(
     [[192.98138, 239.94708], [318.90277, 240.1936], [256.63416, 314.01935], [201.26117, 371.41043],
      [313.08905, 371.15118]])
+
+CHUNK = 32  # crops cut in one go
 
 
 def usual_place(width: int, height: int) -> Tensor:
@@ -80,8 +85,9 @@ def align(images: Tensor, landmarks: Tensor, size: int = 112) -> Tensor:
 
     images: [B,3,H,W]; landmarks: [B,5,2]; size: a multiple of 112 (112 for ArcFace, 224 for the CLIP of FaceID-Plus).
     """
-    matrix = similarity_transform(landmarks.to(images.device), ARCFACE_TEMPLATE * (size / 112))
-    return warp(images, matrix, size)
+    parts = zip(images.split(CHUNK), landmarks.to(images.device).split(CHUNK))
+    template = ARCFACE_TEMPLATE * (size / 112)
+    return torch.cat([warp(part, similarity_transform(points, template), size) for part, points in parts])
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,14 @@ class Face:
         x1, y1, x2, y2 = self.box.tolist()
         return (x2 - x1) * (y2 - y1)
 
+    @property
+    def height(self) -> float:
+        """Of the box, in pixels."""
+        return float(self.box[3] - self.box[1])
+
 
 class Detector:
-    """insightface's SCRFD on an ONNX file.
+    """insightface's SCRFD, read from an ONNX file; it runs where its network lies.
 
     A face that fills the frame is easily missed, since the anchors end at about the input's size. So where nothing is
     found, the search goes on at other sizes and with a margin around the image.
@@ -109,42 +120,56 @@ class Detector:
     SIZES = (640, 320, 160)
 
     def __init__(self, path: str | Path, threshold: float = 0.5):
-        import onnxruntime
-        from insightface.model_zoo.scrfd import SCRFD
-
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        self._path = Path(path)
-        self._scrfd = SCRFD(model_file=str(path), session=session)
-        self._scrfd.det_thresh = threshold
+        """Raises FaceModelError for a file that is damaged, or of another network."""
+        self.path, self.threshold = Path(path), threshold
+        graph = read_graph(path)
+        (shape,) = graph.inputs.values() if len(graph.inputs) == 1 else ([],)
+        if len(graph.outputs) not in LAYOUTS or len(shape) != 4:
+            raise FaceModelError(f"{self.path.name} is not an SCRFD detector with landmarks: use det_10g.onnx of "
+                                 "insightface's buffalo_l, or another one whose name ends with kps or bnkps.")
+        self.step = LAYOUTS[len(graph.outputs)].strides[-1]
+        self.fixed = (shape[3], shape[2]) if shape[2] and shape[3] else None  # width, height
+        width, height = self.fixed or (128, 128)
+        self.network, outputs = load_network(self.path, graph, (1, 3, height, width))
+        self._candidates(outputs, (width, height))  # are they what they should be?
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the ONNX file."""
-        return hashlib.sha256(self._path.read_bytes()).hexdigest()
+        return sha256(self.path)
 
     def detect(self, image: Tensor) -> list[Face]:
         """Faces in an image [3,H,W], RGB in [0,1], largest first; empty if there are none."""
-        for padded, offset, size in self._attempts(image):
-            # `input_size` goes to detect: sizes set on the model before are overruled by insightface 1.0 and later.
-            boxes, landmarks = self._scrfd.detect(_to_bgr(padded), input_size=(size, size))
-            if len(boxes):
-                faces = [Face(torch.tensor(box[:4]) - offset, torch.tensor(points) - offset, float(box[4]))
-                         for box, points in zip(boxes, landmarks)]
+        if not image.numel():
+            return []
+        for margin, size in self._attempts(image):
+            if faces := self._search(image, margin, size):
                 return sorted(faces, key=lambda face: face.area, reverse=True)
         return []
 
-    def _attempts(self, image: Tensor) -> Iterator[tuple[Tensor, int, int]]:
-        """(padded image, pad in pixels, detector input size), the most promising first: no enlargement, no margin."""
+    @torch.no_grad()
+    def _search(self, image: Tensor, margin: int, size: tuple[int, int]) -> list[Face]:
+        pixels, scale = letterbox(image, size, margin)
+        found = best_of_each(self._candidates(self.network(pixels.to(device_of(self.network))), size))
+        faces = zip(found.boxes / scale - margin, found.landmarks / scale - margin, found.scores.tolist())
+        return [Face(box, landmarks, score) for box, landmarks, score in faces]
+
+    def _candidates(self, outputs: Sequence[Tensor], size: tuple[int, int]) -> Candidates:
+        try:
+            return candidates(outputs, size, self.threshold)
+        except ValueError as error:
+            raise FaceModelError(f"{self.path.name} is not an SCRFD detector ({error}): use det_10g.onnx of "
+                                 "insightface's buffalo_l.") from error
+
+    def _attempts(self, image: Tensor) -> Iterator[tuple[int, tuple[int, int]]]:
+        """(margin in the image's pixels, the input's width and height), the most promising first: no enlargement, no
+        margin."""
         longest = max(image.shape[-2:])
-        for margin in self.MARGINS:
-            pad = round(longest * margin)
-            padded = F.pad(image, (pad, pad, pad, pad))
-            native = min(max(-(-(longest + 2 * pad) // 32) * 32, 128), 640)
-            for size in dict.fromkeys((native, *self.SIZES)):
-                yield padded, pad, size
-
-
-def _to_bgr(image: Tensor):
-    """[3,H,W] RGB in [0,1] -> uint8 array [H,W,3] in OpenCV's channel order."""
-    array = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    return array.flip(0).permute(1, 2, 0).contiguous().numpy()
+        for share in self.MARGINS:
+            margin = round(longest * share)
+            if self.fixed:
+                yield margin, self.fixed
+                continue
+            native = min(max(longest + 2 * margin, 128), 640)
+            for size in dict.fromkeys(-(-size // self.step) * self.step for size in (native, *self.SIZES)):
+                yield margin, (size, size)

@@ -1,7 +1,7 @@
 """Identities: what is known of the people to be restored, from their reference photos."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,9 +39,9 @@ class Quality:
 class Person:
     """One person's N reference photos.
 
-    embeddings: [N,512], unit length. clip: [N,T,D], penultimate CLIP hidden states of the aligned 224 px crops, or None
-    where no CLIP was given. weights: [N], at least 0, how much each photo counts beside the person's others; one of
-    them is above 0. quality: N entries, or none where it is unknown.
+    embeddings: [N,D], unit length; 512 wide where an identity adapter shall read them. clip: [N,T,D], penultimate CLIP
+    hidden states of the aligned 224 px crops, or None where no CLIP was given. weights: [N], at least 0, how much each
+    photo counts beside the person's others; one of them is above 0. quality: N entries, or none where it is unknown.
     """
 
     embeddings: Tensor
@@ -69,8 +69,8 @@ class Identity:
         return self.thumbnails.split([len(person.embeddings) for person in self.people])
 
 
-def reference_faces(face_model: FaceModel, images: Tensor, what: str = "reference image") -> list[Face]:
-    """The one face in each image of [B,3,H,W], RGB in [0,1].
+def reference_faces(face_model: FaceModel, images: Iterable[Tensor], what: str = "reference image") -> list[Face]:
+    """The one face in each image [3,H,W], RGB in [0,1].
 
     Faces much smaller than the largest (passers-by) are ignored.
     Raises IdentityError for no face, several faces or one too small; it names the image by `what` and its index from 1.
@@ -87,17 +87,12 @@ def _one_face(faces: list[Face], what: str) -> Face:
     people = sum(face.area >= BYSTANDER * largest.area for face in faces)
     if people > 1:
         raise IdentityError(f"{people} faces were found in {what}: crop it to the one person.")
-    if height_of(largest) < SMALLEST_FACE:
+    if largest.height < SMALLEST_FACE:
         raise IdentityError(
-            f"The face in {what} is only {height_of(largest):.0f} pixels high: use a photo where it has at least "
+            f"The face in {what} is only {largest.height:.0f} pixels high: use a photo where it has at least "
             f"{SMALLEST_FACE}."
         )
     return largest
-
-
-def height_of(face: Face) -> float:
-    """Height of the face's box in pixels."""
-    return float(face.box[3] - face.box[1])
 
 
 def parse_weights(text: str, photos: int) -> Tensor:
@@ -105,15 +100,16 @@ def parse_weights(text: str, photos: int) -> Tensor:
 
     Raises IdentityError for anything but `photos` numbers of at least 0.
     """
+    said = repr(text if len(text) < 60 else f"{text[:57]}...")
     words = [word for word in re.split(r"[,;\s]+", text) if word]
     try:
         weights = torch.tensor([float(word) for word in words] or [1.0] * photos)
     except ValueError:
-        raise IdentityError(f"The weights {text!r} are not numbers: write one for each photo: 1, 0.5.") from None
+        raise IdentityError(f"The weights {said} are not numbers: write one for each photo: 1, 0.5.") from None
     if len(weights) != photos:
         raise IdentityError(f"Weights: {len(weights)}, photos: {photos}. Write one for each, or none.")
     if not (torch.isfinite(weights) & (weights >= 0)).all():
-        raise IdentityError(f"The weights {text!r} must be at least 0, and finite.")
+        raise IdentityError(f"The weights {said} must be at least 0, and finite.")
     return weights
 
 
@@ -216,9 +212,14 @@ def _clip_shape(identity: Identity) -> torch.Size | None:
     return None if identity.clip_uncond is None else identity.clip_uncond.shape
 
 
+def relative_weights(person: Person) -> Tensor:
+    """[N], the largest is 1: a sum of weights of 3e38 would be infinite, one of 1e-40 nothing."""
+    return (person.weights.double() / person.weights.double().max()).float()
+
+
 def mean_embedding(person: Person) -> Tensor:
-    """[512], unit length: the direction of the weighted sum of the embeddings."""
-    return F.normalize(person.weights @ person.embeddings, dim=0)
+    """[D], unit length: the direction of the weighted sum of the embeddings."""
+    return F.normalize(relative_weights(person) @ person.embeddings, dim=0)
 
 
 def weighted_mean(identity: Identity) -> Identity:
@@ -232,7 +233,8 @@ def weighted_mean(identity: Identity) -> Identity:
 
 
 def _average(person: Person) -> Person:
-    share = person.weights / person.weights.sum()
+    share = relative_weights(person)
+    share = share / share.sum()
     clip = None if person.clip is None else torch.einsum("n,ntd->td", share, person.clip)[None]
     return Person(mean_embedding(person)[None], clip, torch.ones(1))
 
@@ -240,7 +242,7 @@ def _average(person: Person) -> Person:
 def best_match(identity: Identity, probes: Sequence[Tensor | None]) -> tuple[Identity, list[int]]:
     """Each person's one photo that fits best, and its index.
 
-    probes: for each person the unit embedding [512] to be like, such as that of the degraded face (ID-PreFeR takes
+    probes: for each person the unit embedding [D] to be like, such as that of the degraded face (ID-PreFeR takes
     the reference that is most similar to it), or None for the person's mean.
     """
     chosen = [best_photo(person, probe) for person, probe in zip(identity.people, probes, strict=True)]
@@ -252,7 +254,7 @@ def best_match(identity: Identity, probes: Sequence[Tensor | None]) -> tuple[Ide
 def best_photo(person: Person, probe: Tensor | None = None) -> int:
     """Index of the photo with the largest weight * (1 + cosine) / 2, the cosine to `probe` or to the person's mean."""
     probe = mean_embedding(person) if probe is None else probe
-    return int((person.weights * (1 + person.embeddings @ probe) / 2).argmax())
+    return int((relative_weights(person) * (1 + person.embeddings @ probe) / 2).argmax())
 
 
 def describe(identity: Identity) -> str:

@@ -1,5 +1,6 @@
 """Who looks like whom: results and reference photos against reference photos, as a table of faces and in words."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,13 +11,14 @@ from torch import Tensor
 from .contact_sheet import GAP, INK, MARGIN, PALE, PAPER
 
 CELL, FACE, HEAD = 76, 64, 96  # px: a cell, the face beside it, the title
+SHOWN = 32  # at most, of the results and of the references: two hundred photos would be a picture of gigabytes
 ALIKE = (0, 114, 178)  # colour of similarity 1 (Okabe and Ito's blue); 0 and less are paper
 
 
 @dataclass(frozen=True)
 class Seen:
     """A face: its name, its picture [3,H,W] in [0,1], the person it is of or should be, counted from 1, and its unit
-    embedding [512], None where no face was found."""
+    embedding [D], None where no face was found."""
 
     name: str
     picture: Tensor
@@ -26,24 +28,38 @@ class Seen:
 
 def similarities(rows: Sequence[Seen], columns: Sequence[Seen]) -> list[list[float | None]]:
     """Cosine of each row's face to each column's; None where a face is missing."""
-    return [
-        [None if a.embedding is None or b.embedding is None else float(a.embedding @ b.embedding) for b in columns]
-        for a in rows
-    ]
+    table = cosines(rows, columns).tolist()
+    return [[None if math.isnan(value) else value for value in row] for row in table]
+
+
+def cosines(rows: Sequence[Seen], columns: Sequence[Seen]) -> Tensor:
+    """[rows,columns], NaN where a face is missing."""
+    width = next((len(face.embedding) for face in (*rows, *columns) if face.embedding is not None), 1)
+    missing = torch.full((width,), torch.nan)
+    a, b = ([missing if face.embedding is None else face.embedding for face in faces] for faces in (rows, columns))
+    return torch.stack(a) @ torch.stack(b).T if a and b else torch.zeros(len(a), len(b))
 
 
 def report_sheet(results: Sequence[Seen], references: Sequence[Seen], note: str = "") -> Image.Image:
-    """The table: results, then references, down; references across. Framed where both are of the same person."""
+    """The table: results, then references, down; references across. Framed where both are of the same person.
+
+    Of many faces the first SHOWN of both are shown, and a line says so.
+    """
+    hidden = max(len(results), len(references)) > SHOWN
+    shown = f"the first {SHOWN} of {len(results)} results and {len(references)} photos; the report has all"
+    results, references = results[:SHOWN], references[:SHOWN]
     rows = [*results, *references]
     table = similarities(rows, references)
-    left, top = MARGIN + 110 + FACE + GAP, HEAD + MARGIN + FACE + GAP
+    head = HEAD + 20 * hidden
+    left, top = MARGIN + 110 + FACE + GAP, head + MARGIN + FACE + GAP
     gaps = GAP if results else 0
     width = max(left + len(references) * CELL + MARGIN, 520)
     sheet = Image.new("RGB", (width, top + len(rows) * CELL + gaps + MARGIN), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     draw.text((MARGIN, MARGIN), "Identity report", INK, ImageFont.load_default(26))
     draw.text((MARGIN, MARGIN + 36), "cosine similarity: 1 the same, about 0 strangers; framed: one person", PALE, font)
-    draw.text((MARGIN, MARGIN + 56), note, PALE, font)
+    for line, text in enumerate((note, shown) if hidden else (note,)):
+        draw.text((MARGIN, MARGIN + 56 + 20 * line), text, PALE, font)
     for column, face in enumerate(references):
         x = left + column * CELL
         draw.text((x + CELL // 2, top - FACE - 8), face.name, INK, font, anchor="ms")
@@ -100,8 +116,9 @@ def _person_line(person: int, references: Sequence[Seen]) -> str:
     own = [face for face in references if face.person == person]
     if len(own) == 1:
         return f"person {person}: one photo"
-    table = torch.tensor(similarities(own, own))
-    pairs = [(table[i, j].item(), i, j) for i in range(len(own)) for j in range(i)]
-    value, i, j = min(pairs)
-    mean = sum(pair[0] for pair in pairs) / len(pairs)
-    return f"person {person}: photos {mean:.2f} like each other, least {own[j].name} and {own[i].name} with {value:.2f}"
+    first, second = torch.tril_indices(len(own), len(own), -1)
+    pairs = cosines(own, own)[first, second]
+    least = int(pairs.argmin())
+    i, j = own[int(first[least])], own[int(second[least])]
+    value, mean = pairs[least].item(), pairs.mean().item()
+    return f"person {person}: photos {mean:.2f} like each other, least {j.name} and {i.name} with {value:.2f}"

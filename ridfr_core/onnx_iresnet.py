@@ -1,55 +1,34 @@
 """Reading insightface's ONNX recognisers into the tensors of `recognition.IResNet`."""
 
-from pathlib import Path
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .errors import RidfrError
+from . import onnx_file
+from .onnx_file import FaceModelError, Node
 
 
-class FaceModelError(RidfrError):
-    """A face model's file or folder cannot be used; the message says which, why and what to do."""
-
-
-class Node(NamedTuple):
-    op: str
-    inputs: list[str]
-    output: str
-    attributes: dict
-
-
-class Graph:
+class Walk:
     """An ONNX graph as a walk needs it: who reads a tensor, and the constants by name."""
 
-    def __init__(self, path: Path):
-        import onnx
-
-        self.name = path.name
-        try:
-            graph = onnx.load(str(path)).graph
-        except Exception as error:  # protobuf and onnx raise several kinds for a damaged file
-            raise FaceModelError(f"{path.name} cannot be read as ONNX ({error}); download it again.") from error
-        self.constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    def __init__(self, graph: onnx_file.Graph):
+        self.name, self.constants = graph.name, dict(graph.tensors)
         self.readers: dict[str, list[Node]] = {}
-        for proto in graph.node:
-            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in proto.attribute}
-            node = Node(proto.op_type, list(proto.input), proto.output[0], attributes)
-            if node.op == "Constant" and "value" in attributes:
-                self.constants[node.output] = onnx.numpy_helper.to_array(attributes["value"])
-            elif node.op in ("Identity", "Unsqueeze") and node.inputs[0] in self.constants:
-                # exporters share equal initialisers by the former; the latter only shapes PReLU's slopes
+        for node in graph.nodes:
+            if node.op == "Constant" and isinstance(node.attributes.get("value"), Tensor):
+                self.constants[node.output] = node.attributes["value"]
+            elif node.op in ("Identity", "Unsqueeze", "Cast") and node.inputs[0] in self.constants:
+                # exporters share equal initialisers by the first; the second only shapes PReLU's slopes
                 self.constants[node.output] = self.constants[node.inputs[0]]
             for name in node.inputs:
                 self.readers.setdefault(name, []).append(node)
-        self.input = next(value.name for value in graph.input if value.name not in self.constants)
-        self.output = graph.output[0].name
+        if len(graph.inputs) != 1 or len(graph.outputs) != 1:
+            raise self.error(f"{len(graph.inputs)} inputs and {len(graph.outputs)} outputs")
+        (self.input,), (self.output,) = graph.inputs, graph.outputs
 
     def constant(self, name: str) -> Tensor:
         if name not in self.constants:
             raise self.error(f"{name} is computed, not stored")
-        return torch.from_numpy(self.constants[name].copy()).float()
+        return self.constants[name].float()
 
     def reader(self, tensor: str, *ops: str) -> Node:
         """The node of one of these kinds that reads a tensor; the shape arithmetic of a Reshape is passed over."""
@@ -67,16 +46,20 @@ class Graph:
                               "buffalo_l's w600k_r50.onnx or antelopev2's glintr100.onnx.")
 
 
-def _affine(graph: Graph, node: Node) -> tuple[Tensor, Tensor]:
+def _affine(graph: Walk, node: Node) -> tuple[Tensor, Tensor]:
     """(scale, shift) of a BatchNormalization node at inference."""
     weight, bias, mean, variance = (graph.constant(name).double() for name in node.inputs[1:5])
     scale = weight / torch.sqrt(variance + node.attributes.get("epsilon", 1e-5))
     return scale.float(), (bias - mean * scale).float()
 
 
-def _conv(graph: Graph, node: Node) -> tuple[Tensor, Tensor, str]:
+def _conv(graph: Walk, node: Node) -> tuple[Tensor, Tensor, str]:
     """(weight, bias, output name) of a Conv node, with the batch norm behind it folded in if there is one."""
     weight = graph.constant(node.inputs[1])
+    pads = [side // 2 for side in weight.shape[2:]] * 2
+    usual = {"pads": pads, "dilations": [1, 1], "group": 1, "auto_pad": "NOTSET"}
+    if odd := [name for name, value in usual.items() if node.attributes.get(name, value) != value]:
+        raise graph.error(f"a convolution with other {odd[0]}")
     bias = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else torch.zeros(len(weight))
     if not graph.reads(node.output, "BatchNormalization"):
         return weight, bias, node.output
@@ -85,13 +68,20 @@ def _conv(graph: Graph, node: Node) -> tuple[Tensor, Tensor, str]:
     return weight * scale.view(-1, 1, 1, 1), bias * scale + shift, norm.output
 
 
-def read_iresnet(path: Path) -> tuple[dict[str, Tensor], tuple[int, ...], tuple[int, ...]]:
+def read_iresnet(file: onnx_file.Graph) -> tuple[dict[str, Tensor], tuple[int, ...], tuple[int, ...]]:
     """(state dict of IResNet, layers, widths), found by following the data from the graph's input to its output.
 
     Batch norms that the exporter left behind a convolution are folded into it.
-    Raises FaceModelError if the file cannot be parsed or its graph is another network.
+    Raises FaceModelError if the graph is of another network.
     """
-    graph = Graph(path)
+    graph = Walk(file)
+    try:
+        return _follow(graph)
+    except (IndexError, RuntimeError, StopIteration, TypeError) as error:  # fewer inputs, other shapes
+        raise graph.error(f"{type(error).__name__} on the way") from error
+
+
+def _follow(graph: Walk) -> tuple[dict[str, Tensor], tuple[int, ...], tuple[int, ...]]:
     state: dict[str, Tensor] = {}
 
     def conv(key: str, node: Node) -> str:
@@ -113,6 +103,8 @@ def read_iresnet(path: Path) -> tuple[dict[str, Tensor], tuple[int, ...], tuple[
     widths: list[int] = []
     while graph.reads(x, "Add") or graph.reads(x, "Conv"):
         key = f"blocks.{sum(layers)}"
+        if sum(layers) > len(graph.readers):
+            raise graph.error("its blocks run in a circle")
         first = graph.reads(x, "Conv")
         if first:
             conv(f"{key}.skip", graph.reader(x, "Conv"))
@@ -131,7 +123,7 @@ def read_iresnet(path: Path) -> tuple[dict[str, Tensor], tuple[int, ...], tuple[
     return state, tuple(layers), tuple(widths)
 
 
-def _read_head(graph: Graph, state: dict[str, Tensor], x: str):
+def _read_head(graph: Walk, state: dict[str, Tensor], x: str):
     """Flatten, a linear layer (Gemm, or MatMul and Add), batch norm."""
     linear = graph.reader(graph.reader(x, "Flatten", "Reshape").output, "Gemm", "MatMul")
     weight = graph.constant(linear.inputs[1])

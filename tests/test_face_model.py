@@ -1,20 +1,23 @@
 """Packs as insightface has them: read by us and by insightface itself."""
 
 import shutil
+import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
 from insightface.app import FaceAnalysis
 
 from ridfr_core import cli
-from ridfr_core.face_model import OnnxRecogniser, load_face_model
+from ridfr_core.face_model import load_face_model, role_of
 from ridfr_core.faces import align
 from ridfr_core.nano import WEIGHTS
 from ridfr_core.nano.portraits import SPLITS, render
-from ridfr_core.recognition import FaceModelError, IResNet, embed
+from ridfr_core.recognition import FaceModelError, GraphRecogniser, IResNet, OnnxRecogniser, embed, load_recogniser
 from ridfr_core.training import detector, recogniser
+from tests.real_faces import photos, real
 
 NANO, JUDGE = (WEIGHTS / "insightface" / "models" / name for name in ("nano", "nano_judge"))
 
@@ -86,15 +89,104 @@ def test_damaged_file_is_named(pack, tmp_path):
         load_face_model(tmp_path / "cut")
 
 
-def test_another_architecture_runs_in_onnxruntime(pack, tmp_path):
+def test_another_architecture_runs_in_torch(pack, tmp_path):
     shutil.copytree(pack, tmp_path / "plain")
     net = recogniser.plain_net()
     recogniser.export_onnx(net, tmp_path / "plain" / "rec.onnx")
     model = load_face_model(tmp_path / "plain")
-    assert isinstance(model.recogniser, OnnxRecogniser)
+    assert isinstance(model.recogniser, GraphRecogniser) and not isinstance(model.recogniser, OnnxRecogniser)
     crops = torch.rand(3, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(embed(model.recogniser, crops), embed(net.eval(), crops), atol=1e-4, rtol=1e-3)
+
+
+def test_an_operator_that_only_onnxruntime_knows(pack, tmp_path, monkeypatch):
+    shutil.copytree(pack, tmp_path / "odd")
+    path = tmp_path / "odd" / "rec.onnx"
+    recogniser.export_onnx(recogniser.plain_net(), path)
+    expected = load_recogniser(path)
+    model = onnx.load(str(path))
+    last = model.graph.node[-1]
+    output, last.output[0] = last.output[0], "raw"
+    model.graph.node.append(onnx.helper.make_node("Sinh", ["raw"], ["s"]))
+    model.graph.node.append(onnx.helper.make_node("Asinh", ["s"], [output]))
+    onnx.save(model, str(path))
+    found = load_face_model(tmp_path / "odd")
+    assert isinstance(found.recogniser, OnnxRecogniser) and "run by onnxruntime" in found.describe().splitlines()[1]
+    crops = torch.rand(3, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(embed(found.recogniser, crops), embed(expected, crops), atol=1e-4, rtol=0)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(FaceModelError, match="rec.onnx has the operator Sinh, .* install onnxruntime"):
+        load_face_model(tmp_path / "odd")
+
+
+def test_the_real_pack(tmp_path):
+    """A detector and a narrow recogniser: they match and judge, and say what they are not fit for."""
+    for name in ("scrfd_2.5g_bnkps.onnx", "mobilefacenet.onnx"):
+        (tmp_path / name).symlink_to(real(name))
+    model = load_face_model(tmp_path)
+    assert model.recogniser.width == 128 and not model.drawn
+    assert model.describe().splitlines() == [
+        "detector: scrfd_2.5g_bnkps.onnx, pictures of any size, run by torch",
+        "recogniser: 128 numbers, run by torch",
+        "for photos, to match and to judge; identity adapters need 512 numbers",
+    ]
+    people = photos()["people"]
+    faces = model.detector.detect(people)
+    points = torch.stack([face.landmarks for face in faces])
+    with torch.no_grad():
+        table = embed(model.recogniser, align(people.expand(6, -1, -1, -1), points))
+        again = embed(model.recogniser, align(people.flip(2)[None], mirrored(points[:1], people.shape[2])))
+    others = (table @ table.T).fill_diagonal_(-1)
+    assert table.shape == (6, 128) and others.max() < 0.5
+    assert (again @ table.T).argmax() == 0 and (again @ table.T).max() > 0.6
+
+
+def mirrored(points, width):
+    points = points[:, [1, 0, 2, 4, 3]].clone()
+    points[..., 0] = width - 1 - points[..., 0]
+    return points
+
+
+def test_what_a_model_is_for(pack, tmp_path):
+    assert "drawn portraits" in load_face_model(NANO).purpose and "judges" in load_face_model(JUDGE).purpose
+    assert load_face_model(pack).purpose == "for photos"
+
+
+def test_nano_doubts_photographs():
+    model, people = load_face_model(NANO), torch.arange(12) + SPLITS["test"].start
+    drawn = {f"portrait {i}": model.detector.detect(image)[0]
+             for i, image in enumerate(render(people, torch.zeros(12, dtype=torch.long)).image)}
+    assert model.doubts(drawn) == []
+    found = {name: faces[0] for name, photo in photos().items() if (faces := model.detector.detect(photo))}
+    assert found.keys() == {"people", "astronaut"}  # wrongly: that is the danger
+    (doubt,) = model.doubts(drawn | found)
+    assert "people, astronaut" in doubt and "portrait" not in doubt.partition(": ")[2] and "buffalo_l" in doubt
+
+
+def test_files_are_told_by_their_shapes(tmp_path):
+    """As insightface does: a genderage.onnx or a landmark model beside the two is neither of them."""
+    def network(name, size, width):
+        net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, width))
+        torch.onnx.export(net.eval(), (torch.zeros(1, 3, size, size),), str(tmp_path / name), dynamo=False)
+        return role_of(tmp_path / name)
+
+    assert network("genderage.onnx", 96, 3) == network("landmarks.onnx", 192, 212) == "other"
+    assert network("emotion.onnx", 112, 7) == "other" and network("narrow.onnx", 112, 128) == "recogniser"
+    assert role_of(NANO / "det_nano.onnx") == "detector" and role_of(NANO / "rec_nano.onnx") == "recogniser"
+
+
+def test_an_output_of_unknown_width_is_tried_out(tmp_path):
+    def tweak(model):
+        model.graph.output[0].type.tensor_type.shape.dim[-1].dim_param = "width"
+
+    path = tmp_path / "rec.onnx"
+    recogniser.export_onnx(recogniser.plain_net(), path)
+    model = onnx.load(str(path))
+    tweak(model)
+    onnx.save(model, str(path))
+    assert role_of(path) == "recogniser"
 
 
 @pytest.mark.parametrize("folder", [NANO, JUDGE])

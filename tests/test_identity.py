@@ -153,6 +153,25 @@ def test_weight_zero_is_never_the_best():
     assert best_match(many, [many.people[0].embeddings[0]])[1] == [1]
 
 
+@pytest.mark.parametrize("scale", [3e38, 1e-20, 1e-40, 1e-45])
+def test_weights_of_any_size_mean_what_their_ratio_means(scale):
+    """Sums of the largest would be infinite, of the smallest nobody's face."""
+    wanted, many = identity(3, weights=[1.0, 0.0, 1.0]), identity(3, weights=[scale, 0.0, scale])
+    mean = weighted_mean(many)
+    torch.testing.assert_close(mean.people[0].embeddings, weighted_mean(wanted).people[0].embeddings)
+    torch.testing.assert_close(mean.people[0].clip, weighted_mean(wanted).people[0].clip)
+    assert mean.people[0].embeddings.norm().item() == pytest.approx(1, abs=1e-5)
+    assert best_match(many, [None])[1] == best_match(wanted, [None])[1]
+    assert parse_weights(f"{scale}, 0, {scale}", 3).tolist() == torch.tensor([scale, 0, scale]).tolist()
+    assert "nan" not in describe(many)
+
+
+def test_embeddings_of_any_width():
+    narrow = replace(identity(2), people=(Person(torch.eye(2, 128), None, torch.ones(2)),), clip_uncond=None)
+    assert weighted_mean(narrow).people[0].embeddings.shape == (1, 128)
+    assert best_match(narrow, [torch.eye(2, 128)[1]])[1] == [1]
+
+
 def test_one_photo_each():
     apart = one_photo_each(identity(3, weights=[1.0, 0.0, 2.0]))
     assert len(apart.people) == 3 and all(person.weights.tolist() == [1] for person in apart.people)
@@ -166,7 +185,8 @@ def test_weights_as_text(text):
 
 
 @pytest.mark.parametrize(
-    "text, says", [("1, 2", "Weights: 2, photos: 3"), ("1, x, 2", "not numbers"), ("1, -1, 2", "at least 0")]
+    "text, says", [("1, 2", "Weights: 2, photos: 3"), ("1, x, 2", "not numbers"), ("1, -1, 2", "at least 0"),
+                    ("1, 1e39, 2", "finite"), ("nan 1 1", "finite"), ("x " * 500, "^The weights .{60,80} are not")]
 )
 def test_weights_that_are_none(text, says):
     with pytest.raises(IdentityError, match=says):

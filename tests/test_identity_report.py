@@ -1,9 +1,11 @@
 """The report: who is how much like whom, in numbers, in words and as a picture."""
 
+import time
+
 import pytest
 import torch
 
-from ridfr_core.identity_report import ALIKE, CELL, Seen, report_sheet, report_text, similarities
+from ridfr_core.identity_report import ALIKE, CELL, SHOWN, Seen, report_sheet, report_text, similarities
 
 
 def face(name, person, *direction):
@@ -46,3 +48,25 @@ def test_picture():
     assert ALIKE in colours and (255, 255, 255) in colours
     half = tuple(round(255 + 0.8 * (a - 255)) for a in ALIKE)
     assert half in colours
+
+
+def test_many_faces():
+    """Two hundred photos of one person, and as many results: the table shows the first, and says so; the words are of
+    all."""
+    g = torch.Generator().manual_seed(0)
+    photos = [face(f"1.{i}", 1, *torch.randn(512, generator=g).tolist()) for i in range(200)]
+    photos[150] = Seen("1.150", photos[150].picture, 1, -photos[3].embedding)
+    start = time.process_time()
+    table, words = report_sheet(photos, photos), report_text(photos, photos)
+    assert time.process_time() - start < 10
+    assert table.width * table.height < 20e6 and table.height > 2 * SHOWN * CELL
+    few = report_sheet(photos[:SHOWN], photos[:SHOWN])
+    assert table.width == few.width and table.height == few.height + 20  # the line that says how many there are
+    lines = words.splitlines()
+    assert len(lines) == 201 and "least 1.3 and 1.150 with -1.00" in lines[-1]
+
+
+def test_no_face_at_all():
+    nobody = [Seen("result 1", torch.zeros(3, 112, 112), 1, None)]
+    assert similarities(nobody, nobody) == [[None]] and similarities([], nobody) == []
+    report_sheet(nobody, REFERENCES)

@@ -117,7 +117,8 @@ def become(command: list) -> int:
     return subprocess.call(command)
 
 
-BENCHMARKS = {"identity": "tools.bench", "guidance": "tools.bench_guidance", "training": "tools.bench_training"}
+BENCHMARKS = {"identity": "tools.bench", "guidance": "tools.bench_guidance", "training": "tools.bench_training",
+              "faces": "tools.bench_faces"}
 OWN_HELP = ("serve", "clean-cache")  # these answer --help themselves
 COMMANDS = {"demo": demo, "serve": serve, "doctor": doctor, "test": test, "bench": bench, "lint": lint, "setup": setup,
             "lock": lock, "clean-cache": clean_cache}

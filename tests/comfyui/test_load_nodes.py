@@ -93,21 +93,24 @@ def test_nano_prompts_all_say_the_same(nano, weights):
 def test_users_files_are_found_beside_nano(pack, nodes, tmp_path):
     import folder_paths
 
-    face = tmp_path / "insightface" / "models" / "buffalo_l"
-    face.mkdir(parents=True)
-    (face / "det_10g.onnx").touch()
+    for name in ("antelopev2", "buffalo_l"):
+        face = tmp_path / "insightface" / "models" / name
+        face.mkdir(parents=True)
+        (face / "det_10g.onnx").touch()
     (tmp_path / "insightface" / "models" / "no_model").mkdir()
     folder_paths.add_model_folder_path("insightface", str(tmp_path / "insightface"))
     folder_paths.add_model_folder_path("ipadapter", str(tmp_path))
     (tmp_path / "mine.bin").touch()
     (tmp_path / "notes.txt").touch()
     names = pack.nodes.paths.face_models()
-    assert names[:2] == ["nano", "nano_judge"] and "buffalo_l" in names and "no_model" not in names
+    assert names == ["buffalo_l", "antelopev2", "nano", "nano_judge"]  # real ones first, none that has no model
+    slot = next(slot for slot in nodes["RIDFR_LoadFaceModel"].define_schema().inputs if slot.id == "pack")
+    assert slot.options == names and slot.default == "buffalo_l"
     files = pack.nodes.paths.model_files("ipadapter")
     assert files[0] == "nano" and "mine.bin" in files and "notes.txt" not in files
     assert pack.nodes.paths.face_model_folder("buffalo_l") == face
-    with pytest.raises(ValueError, match="no face model 'antelopev2' in .*insightface"):
-        pack.nodes.paths.face_model_folder("antelopev2")
+    with pytest.raises(ValueError, match="no face model 'buffalo_s' in .*insightface"):
+        pack.nodes.paths.face_model_folder("buffalo_s")
 
 
 def test_a_folder_of_another_pack_keeps_its_extensions(pack, monkeypatch):
