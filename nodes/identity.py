@@ -90,10 +90,14 @@ class ExtractIdentity(io.ComfyNode):
         counts = parse_weights("" if batch == MANY_PEOPLE else weights, len(photos))
         faces = reference_faces(face_model.ready(), one_by_one(photos))
         landmarks = torch.stack([face.landmarks for face in faces])
-        crops, large = align(photos, landmarks, 112), align(photos, landmarks, 224)
+        crops = align(photos, landmarks, 112)
         features = face_model.features(crops)
-        quality = qualities(faces, features, large)
-        person = Person(F.normalize(features, dim=-1), clip_states(clip_vision, large), counts, quality)
+        sharpness, clip = looks(clip_vision, photos, landmarks)
+        quality = tuple(
+            Quality(face.height, face.score, norm, sharp)
+            for face, norm, sharp in zip(faces, features.norm(dim=-1).tolist(), sharpness)
+        )
+        person = Person(F.normalize(features, dim=-1), clip, counts, quality)
         check_weights(counts, "this person")
         recogniser = face_model.model
         identity = Identity((person,), zero_image_states(clip_vision), recogniser.digest, crops, recogniser.name)
@@ -105,22 +109,25 @@ class ExtractIdentity(io.ComfyNode):
         return io.NodeOutput(identity, report)
 
 
-def qualities(faces: list[Face], features: Tensor, crops: Tensor) -> tuple[Quality, ...]:
-    """The quality of each photo, from its face, its raw embedding [B,D] and its aligned crop [B,3,224,224]."""
-    degradation = torch.cat([estimate_degradation(part) for part in crops.split(CHUNK)])
-    norms, sharpness = features.norm(dim=-1).tolist(), (1 - degradation).tolist()
-    return tuple(
-        Quality(face.height, face.score, norm, sharp) for face, norm, sharp in zip(faces, norms, sharpness)
-    )
+def looks(
+    clip_vision: comfy.clip_vision.ClipVisionModel | None, photos: Tensor, landmarks: Tensor
+) -> tuple[list[float], Tensor | None]:
+    """What the aligned 224 px crops of photos [B,3,H,W] show: sharpness, and CLIP's states [B,T,D] if there is a CLIP.
+
+    Some crops at a time, for those of a thousand photos would fill the memory.
+    """
+    sharpness, states = [], []
+    for part, points in one_by_one([*zip(photos.split(CHUNK), landmarks.split(CHUNK))]):
+        crops = align(part, points, 224)
+        sharpness += (1 - estimate_degradation(crops)).tolist()
+        if clip_vision is not None:
+            states.append(clip_states(clip_vision, crops))
+    return sharpness, torch.cat(states) if states else None
 
 
-def clip_states(clip_vision: comfy.clip_vision.ClipVisionModel | None, crops: Tensor) -> Tensor | None:
-    """CLIP's penultimate hidden states [B,T,D] of aligned crops [B,3,224,224], or None without a CLIP."""
-    if clip_vision is None:
-        return None
-    parts = one_by_one(crops.split(CHUNK))
-    return torch.cat([clip_vision.encode_image(to_comfy(part))["penultimate_hidden_states"].float().cpu()
-                      for part in parts])
+def clip_states(clip_vision: comfy.clip_vision.ClipVisionModel, crops: Tensor) -> Tensor:
+    """CLIP's penultimate hidden states [B,T,D] of aligned crops [B,3,224,224]."""
+    return clip_vision.encode_image(to_comfy(crops))["penultimate_hidden_states"].float().cpu()
 
 
 def zero_image_states(clip_vision: comfy.clip_vision.ClipVisionModel | None) -> Tensor | None:

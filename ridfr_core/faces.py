@@ -150,8 +150,9 @@ class Detector:
     @torch.no_grad()
     def _search(self, image: Tensor, margin: int, size: tuple[int, int]) -> list[Face]:
         pixels, scale = letterbox(image, size, margin)
-        found = best_of_each(self._candidates(self.network(pixels.to(device_of(self.network))), size))
-        faces = zip(found.boxes / scale - margin, found.landmarks / scale - margin, found.scores.tolist())
+        seen = self._candidates(self.network(pixels.to(device_of(self.network))), size)
+        found = best_of_each(Candidates(seen.boxes / scale, seen.landmarks / scale, seen.scores))
+        faces = zip(found.boxes - margin, found.landmarks - margin, found.scores.tolist())
         return [Face(box, landmarks, score) for box, landmarks, score in faces]
 
     def _candidates(self, outputs: Sequence[Tensor], size: tuple[int, int]) -> Candidates:

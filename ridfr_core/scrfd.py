@@ -129,7 +129,10 @@ def _anchors(size: tuple[int, int], layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def best_of_each(found: Candidates) -> Candidates:
-    """Of boxes that overlap, the most certain one; a box counts its last row and column, as insightface has it."""
+    """Of boxes that overlap, the most certain one.
+
+    In the picture's own pixels, not those of the input: a box counts its last row and column, as insightface has it.
+    """
     x1, y1, x2, y2 = found.boxes.T
     areas = (x2 - x1 + 1) * (y2 - y1 + 1)
     left, kept = torch.arange(len(areas)), []

@@ -203,6 +203,33 @@ def test_real_detectors_find_what_insightface_finds(name, sizes):
     assert len(detector.detect(pictures["people"])) == 6
 
 
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("strides, anchors", [((8, 16, 32), 2), ((8, 16, 32, 64, 128), 1)])
+@pytest.mark.parametrize("size", [(256, 256), (384, 128)])
+def test_every_layout_is_decoded_as_insightface_decodes_it(tmp_path, strides, anchors, batched, size):
+    """Constants for outputs: random boxes at random places, many of which overlap."""
+    noise, maps = np.random.default_rng(len(strides)), []
+    for width, scale in ((1, 1.0), (4, 6.0), (10, 4.0)):
+        for stride in strides:
+            shape = (anchors * (size[0] // stride) * (size[1] // stride), width)
+            values = noise.uniform(0 if width < 10 else -1, 1, shape) * scale
+            values = values ** 3 if width == 1 else values
+            maps.append((values[None] if batched else values).astype(np.float32))
+    names = [f"o{i}" for i in range(len(maps))]
+    nodes = [helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
+             for name, value in zip(names, maps)]
+
+    def shapes(model):
+        for output, value in zip(model.graph.output, maps):
+            output.CopyFrom(helper.make_tensor_value_info(output.name, 1, value.shape))
+
+    path = save(tmp_path / "det.onnx", nodes, size=(1, 3, size[1], size[0]), outputs=names, tweak=shapes)
+    detector = Detector(path)
+    assert detector.fixed == size
+    found = [assert_same_faces(detector, insightface(path), torch.rand(3, 211, side), size) for side in (100, 300)]
+    assert min(found) > 10
+
+
 @pytest.mark.parametrize("size", [(720, 1280), (500, 333), (3000, 2000), (33, 400), (77, 100), (640, 640), (16, 4096)])
 def test_letterbox_is_opencvs(size):
     """To the bit where a picture is shrunk; where it is enlarged, one of 255 apart in some places."""

@@ -2,14 +2,12 @@
 
 Nano's detector and recogniser, and whatever ONNX detectors lie in `../shared/data/real`, which are no part of the
 project. A detector gets an input of 640x640; "search" is a photo of 1280x886 shrunk to that and its outputs read, here
-and by insightface. One thread counts processor time, several the clock on the wall.
+and by insightface. One thread: with several, each side's waiting threads would slow the other down.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from ridfr_core.faces import Detector
 from ridfr_core.nano import WEIGHTS
 from ridfr_core.onnx_file import read_graph
 from ridfr_core.onnx_network import load_network
+from ridfr_core.recognition import CROP_SIZE, load_recogniser
 
 from .bench import arguments, process_time, save, taking_turns
 from .cache import CHECKOUT
@@ -32,28 +31,35 @@ PHOTO = (886, 1280)  # height, width
 
 def main() -> None:
     options = arguments("faces", __doc__).parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()))
+    torch.set_num_threads(1)
     detectors = [NANO / "det_nano.onnx", *sorted(REAL.glob("scrfd_*.onnx"))]
     with torch.inference_mode():
         rows = []
         for path in detectors:
             rows += [network(path, SIDE, options.repeats), search(path, options.repeats)]
-        rows.append(network(NANO / "rec_nano.onnx", 112, options.repeats))
-    save(options, f"faces_{torch.get_num_threads()}_cpu.json", {"rows": rows})
+        rows.append(recogniser(NANO / "rec_nano.onnx", options.repeats))
+    save(options, "faces_cpu.json", {"rows": rows})
 
 
 def session(path: Path):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def network(path: Path, side: int, repeats: int) -> dict:
     net, _ = load_network(path, read_graph(path), (1, 3, side, side))
-    theirs = session(path)
-    x = torch.rand(1, 3, side, side)
+    return beside_onnxruntime(path, net, side, repeats)
+
+
+def recogniser(path: Path, repeats: int) -> dict:
+    return beside_onnxruntime(path, load_recogniser(path), CROP_SIZE, repeats)
+
+
+def beside_onnxruntime(path: Path, net: Callable, side: int, repeats: int) -> dict:
+    theirs, x = session(path), torch.rand(1, 3, side, side)
     (name,), pixels = (value.name for value in theirs.get_inputs()), x.numpy()
     variants = {"torch": lambda: net(x), "onnxruntime": lambda: theirs.run(None, {name: pixels})}
     return compared(path.stem, variants, repeats)
@@ -74,8 +80,7 @@ def search(path: Path, repeats: int) -> dict:
 def compared(name: str, variants: dict[str, Callable], repeats: int) -> dict:
     for variant in variants.values():
         variant()
-    clock = process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds = taking_turns({f"{name}, {side}": run for side, run in variants.items()}, repeats, clock)
+    seconds = taking_turns({f"{name}, {side}": run for side, run in variants.items()}, repeats, process_time)
     medians = dict(zip(variants, map(statistics.median, seconds.values())))
     return {"what": name, **medians, "ratio": medians["torch"] / medians["onnxruntime"]}
 

@@ -29,8 +29,7 @@ def write_table(folder: Path) -> None:
                 ("guidance_sd15_gpu.json", guidance, "ID-preserving sampling, SD1.5, NVIDIA GPU"),
                 ("guidance_sdxl_gpu.json", guidance, "ID-preserving sampling, SDXL, NVIDIA GPU"),
                 ("training.json", training, "Training"),
-                ("faces_1_cpu.json", faces, "Face networks, one thread"),
-                ("faces_2_cpu.json", faces, "Face networks, two threads"))
+                ("faces_cpu.json", faces, "Face networks, processor"))
     parts = [HEAD]
     for name, render, title in sections:
         file = folder / name

@@ -62,7 +62,7 @@ def test(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """Measure the cost of identity, guidance or training, by default of the first two (--repeats N, --note TEXT)."""
+    """Measure identity, guidance, training or faces, by default the first two (--repeats N, --note TEXT)."""
     bed, named = prepare(tests=True), arguments[:1] if arguments[:1] and arguments[0] in BENCHMARKS else []
     for name in named or ("identity", "guidance"):
         module = [bed.python, "-m", BENCHMARKS[name], "--tree", bed.tree, *arguments[len(named):]]
