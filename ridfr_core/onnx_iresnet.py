@@ -16,7 +16,7 @@ class Walk:
         for node in graph.nodes:
             if node.op == "Constant" and isinstance(node.attributes.get("value"), Tensor):
                 self.constants[node.output] = node.attributes["value"]
-            elif node.op in ("Identity", "Unsqueeze", "Cast") and node.inputs[0] in self.constants:
+            elif node.op in ("Identity", "Unsqueeze", "Cast") and self.constants.keys() & node.inputs[:1]:
                 # exporters share equal initialisers by the first; the second only shapes PReLU's slopes
                 self.constants[node.output] = self.constants[node.inputs[0]]
             for name in node.inputs:
