@@ -8,6 +8,7 @@ from ..ridfr_core.errors import RidfrError
 from ..ridfr_core.nano import WEIGHTS
 
 NANO = "nano"
+NAMED = 60  # characters of a name that an error shows
 PREFERRED = "buffalo_l"  # the face model that the published FaceID adapters were made for
 NANO_FILES = {"ipadapter": "identity_adapter.safetensors", "controlnet": "content_controlnet.safetensors"}
 EXTENSIONS = {
@@ -41,12 +42,15 @@ def face_models() -> list[str]:
 
 
 def face_model_folder(name: str) -> Path:
+    """Raises RidfrError for a name that `face_models` does not list."""
     roots = [_nano_face_models(), *_users_face_models()]
-    folder = next((root / name for root in roots if (root / name).is_dir()), None)
-    if folder is None:
-        searched = ", ".join(str(root) for root in roots[1:])
-        raise RidfrError(f"There is no face model {name!r} in {searched}: unpack insightface's {name} there.")
-    return folder
+    if name not in face_models():
+        searched = ", ".join(map(str, roots[1:]))
+        raise RidfrError(
+            f"There is no face model {name[:NAMED]!r} in {searched}: unpack insightface's pack of that name there, or "
+            "choose another."
+        )
+    return next(root / name for root in roots if (root / name).is_dir())
 
 
 def _nano_face_models() -> Path:
@@ -76,7 +80,7 @@ def users_file(kind: str, name: str) -> Path:
     """A file of ComfyUI's model folder `kind`. Raises RidfrError where it is gone."""
     if (path := folder_paths.get_full_path(kind, name)) is None:
         searched = ", ".join(folder_paths.get_folder_paths(kind))
-        raise RidfrError(f"There is no file {name!r} in {searched}: put it there, or choose another.")
+        raise RidfrError(f"There is no file {name[:NAMED]!r} in {searched}: put it there, or choose another.")
     return Path(path)
 
 
