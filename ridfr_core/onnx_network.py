@@ -16,6 +16,9 @@ Result = TypeVar("Result")
 
 HOST = "@host"  # after a constant's name: its copy on the CPU
 MOST = 2**31  # numbers that all operators together may write for one picture; R100, the largest, needs a tenth
+# glibc gives every block that is larger than the largest one freed so far back to the system, and new pages cost time.
+# So one of 32 MB, the most it goes by, is freed first: in a fresh process a small detector then takes half the time.
+KEPT = 2**23 - 2**12
 SIZES = 8  # of inputs, for which what their shapes tell is kept
 FRESH = ("Conv", "ConvTranspose", "Add", "BatchNormalization")  # their outputs are tensors of their own, no views
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError, OverflowError)
@@ -58,6 +61,8 @@ class OnnxNetwork(nn.Module):
         read = {name for step in self.steps if not step.on_host for name in step.inputs}
         self.lasting = on_host & (read | set(self.outputs))
         self.from_shapes: dict[torch.Size, dict[str, Tensor]] = {}  # of each size of input, what its shape tells
+
+        torch.empty(KEPT)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.device.type == "cpu" and x.ndim == 4:
