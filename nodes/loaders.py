@@ -118,7 +118,6 @@ class LoadIdentityAdapter(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=paths.model_files("ipadapter"),
-                    default=paths.NANO,
                     display_name="adapter file",
                     tooltip="The adapter must be made for the same family as the model: SD1.5 or SDXL. "
                     "'nano' goes with the nano models.",
@@ -198,7 +197,6 @@ class LoadContentControlNet(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=paths.model_files("controlnet"),
-                    default=paths.NANO,
                     display_name="ControlNet file",
                     tooltip="A content ControlNet in models/controlnet. Others, such as canny or depth, are loaded by "
                     "the stock loader. 'nano' goes with the nano models.",

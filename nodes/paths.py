@@ -67,8 +67,8 @@ def _users_face_models() -> list[Path]:
 
 
 def model_files(kind: str) -> list[str]:
-    """The name nano, then the user's files of a model folder ("ipadapter", "controlnet")."""
-    return [NANO, *folder_paths.get_filename_list(kind)]
+    """The user's files of a model folder ("ipadapter", "controlnet"), then the name nano."""
+    return [*folder_paths.get_filename_list(kind), NANO]
 
 
 def model_file(kind: str, name: str) -> Path:

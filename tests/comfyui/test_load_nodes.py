@@ -107,7 +107,7 @@ def test_users_files_are_found_beside_nano(pack, nodes, tmp_path):
     slot = next(slot for slot in nodes["RIDFR_LoadFaceModel"].define_schema().inputs if slot.id == "pack")
     assert slot.options == names and slot.default == "buffalo_l"
     files = pack.nodes.paths.model_files("ipadapter")
-    assert files[0] == "nano" and "mine.bin" in files and "notes.txt" not in files
+    assert files[-1] == "nano" and "mine.bin" in files and "notes.txt" not in files
     assert pack.nodes.paths.face_model_folder("buffalo_l") == face
     with pytest.raises(ValueError, match="no face model 'buffalo_s' in .*insightface"):
         pack.nodes.paths.face_model_folder("buffalo_s")
