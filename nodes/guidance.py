@@ -226,7 +226,8 @@ def subjects(
             f"The identity has {len(people)} people and there are {len(pictures)} LQ images: give as many people as "
             "LQ images, or one."
         )
-    landmarks = [find_face(face_model, picture) for picture in pictures]
+    faces = face_model.largest_faces(pictures)
+    landmarks = [faces[row].landmarks if row in faces else None for row in range(len(pictures))]
     for number, found in enumerate(landmarks, 1):
         if found is None:
             notes.append(
@@ -245,12 +246,6 @@ def subjects(
         )
         for person, row in zip(people, rows, strict=True)
     ]
-
-
-def find_face(face_model: ManagedFaceModel, picture: Tensor) -> Tensor | None:
-    """Landmarks [5,2] of the largest face in a picture [3,H,W]."""
-    found = face_model.model.detector.detect(picture)
-    return found[0].landmarks if found else None
 
 
 def embed_seen(
