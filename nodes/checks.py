@@ -104,7 +104,7 @@ def _text(value, what: str) -> str:
 
 
 def _choice(value, options: list[str], what: str) -> str:
-    if value not in options:
+    if not (isinstance(value, str) and value in options):
         more = f" and {len(options) - NAMED} more" if len(options) > NAMED else ""
         listed = ", ".join(map(repr, options[:NAMED])) + more
         shown = repr(str(value)[:60]) if isinstance(value, (str, Real, type(None))) else f"a {type(value).__name__}"

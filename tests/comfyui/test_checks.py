@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy
 import pytest
 import torch
 
@@ -33,7 +34,7 @@ def test_a_number_outside_of_its_limits(refused, value):
     assert refused("RIDFR_ColorFix", **fix(levels=value)).startswith("Color Fix: levels ")
 
 
-@pytest.mark.parametrize("value", ["Wavelet", "", None, 3])
+@pytest.mark.parametrize("value", ["Wavelet", "", None, 3, numpy.array(["wavelet", "adain"])])
 def test_a_word_that_is_not_an_option(refused, value):
     said = refused("RIDFR_ColorFix", **fix(method=value))
     assert said.startswith("Color Fix: method is ") and "'wavelet', 'adain'" in said
