@@ -24,8 +24,8 @@ class ImageQuality(io.ComfyNode):
             node_id="RIDFR_ImageQuality",
             display_name="Image Quality",
             category=types.CATEGORY,
-            description="Says how close restored pictures are to the true ones, in the measures that papers use. For "
-            "whose face it is, see Compare Identity.",
+            description="Says how close restored pictures are to the true ones, in the measures that papers use. To "
+            "judge whose face it is, use Compare Identity.",
             search_aliases=["psnr", "ssim", "lpips", "landmark distance", "image metrics", "compare images", "musiq"],
             inputs=[
                 io.Image.Input("image", tooltip="The pictures to judge."),
@@ -37,8 +37,8 @@ class ImageQuality(io.ComfyNode):
                 types.FaceModel.Input(
                     "face_model",
                     optional=True,
-                    tooltip="From Load Face Model. With it, the report also says how many pixels the eyes, nose and "
-                    "mouth are off their places (LMD).",
+                    tooltip="From Load Face Model. With it, the report also says by how many pixels the eyes, nose "
+                    "and mouth are out of place (LMD).",
                 ),
                 io.Boolean.Input(
                     "perceptual",
