@@ -4,7 +4,6 @@ ComfyUI checks the numbers and words of widgets, but not those that come over a 
 looks into what a wire carries.
 """
 
-import math
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
@@ -89,11 +88,14 @@ def _foreign(value, kind: str, what: str) -> RidfrError:
 
 def _number(value, slot, what: str) -> int | float:
     whole = slot.get_io_type() == "INT"
-    if not isinstance(value, Real) or whole and math.isfinite(value) and value != int(value):
+    if not isinstance(value, Real):
         raise _foreign(value, "a whole number" if whole else "a number", what)
-    if not math.isfinite(value) or not slot.min <= value <= slot.max:
-        shown = f"{value:.4g}" if abs(value) > 10**15 else str(value)
+    if not slot.min <= value <= slot.max:  # nor is NaN
+        huge = isinstance(value, int) and abs(value) > 10**15
+        shown = f"{max(min(value, 10**300), -(10**300)):.4g}" if huge else str(value)
         raise refused(what, f"is {shown}", f"it can be {slot.min} to {slot.max}", "change that number")
+    if whole and value != int(value):
+        raise _foreign(value, "a whole number", what)
     return int(value) if whole else float(value)
 
 

@@ -29,7 +29,7 @@ def fix(**changed):
     return {"image": PHOTO, "color_from": PHOTO, "method": "wavelet", "levels": 5} | changed
 
 
-@pytest.mark.parametrize("value", [0, 9, 10**30, math.nan, math.inf, "5", None, [5], 2.5])
+@pytest.mark.parametrize("value", [0, 9, 10**30, -(10**400), math.nan, math.inf, "5", None, [5], 2.5])
 def test_a_number_outside_of_its_limits(refused, value):
     assert refused("RIDFR_ColorFix", **fix(levels=value)).startswith("Color Fix: levels ")
 
