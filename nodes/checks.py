@@ -122,12 +122,23 @@ def _tensor(value, kind: str, what: str) -> Tensor:
         raise refused(what, f"has values of the type {value.dtype}", f"{kind} has fractions, 0 to 1 in pictures", MAKER)
     if value.numel() == 0:
         raise refused(what, f"has the size {_size(value)}", "at least one picture is needed", "connect one")
-    finite = torch.isfinite(value if value.itemsize > 1 else value.float()).flatten(1 if value.ndim > 1 else 0)
+    low, high = _span(value if value.itemsize > 1 else value.float())
+    finite = low.isfinite() & high.isfinite()
     if not finite.all():
-        number = "" if value.ndim < 2 or len(value) == 1 else f" {int((~finite.all(1)).nonzero()[0]) + 1}"
+        number = "" if len(finite) == 1 else f" {int((~finite).nonzero()[0]) + 1}"
         raise refused(what + number, "has values that are not numbers (NaN or infinite)", f"{kind} has none",
                       f"{MAKER}, often a VAE or a model in half precision")
     return value.detach()
+
+
+def _span(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest number of each image, of anything with fewer than three dimensions as one.
+
+    NaN where there is one. Nothing is made of the batch's size, which for a video is many gigabytes.
+    """
+    each = value if value.ndim > 2 else value.reshape(1, -1)
+    inner = tuple(range(1, each.ndim))
+    return each.amin(inner), each.amax(inner)
 
 
 def _size(value: Tensor) -> str:
@@ -140,7 +151,7 @@ def _image(value, what: str) -> Tensor:
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
         raise refused(what, f"has the size {_size(image)}", "images are batch x height x width x 1, 3 or 4 colours",
                       "connect an image output")
-    for number, (low, high) in enumerate(torch.stack(image[..., :3].flatten(1).aminmax(dim=1), 1).tolist(), 1):
+    for number, (low, high) in enumerate(torch.stack(_span(image[..., :3]), 1).tolist(), 1):
         _in_range(low, high, f"{what} {number}" if len(image) > 1 else what)
     return image
 

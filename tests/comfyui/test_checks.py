@@ -90,3 +90,30 @@ def test_every_node_is_checked(nodes, shown):
         for slot in node.define_schema().inputs:
             with pytest.raises(ValueError, match=node.define_schema().display_name):
                 node.execute(**{slot.id: object()})
+
+
+def test_a_batch_is_not_copied(pack):
+    """Images come from VAE Decode with the colours first in memory; a video of them fills it without a copy."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    frames, made = torch.rand(4, 3, 64, 64).movedim(1, -1), []
+    memory = frames.untyped_storage().data_ptr()
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != memory:
+                made.append(out.numel())
+            return out
+
+    with Sizes():
+        pack.nodes.checks.TENSORS["IMAGE"](frames, "x")
+    assert made and max(made) < 64
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (8, 8), (1, 8, 8)])
+def test_a_bad_number_of_one_thing_has_no_index(pack, shape):
+    bad = torch.full(shape, torch.nan)
+    kind = "SIGMAS" if len(shape) < 2 else "MASK"
+    with pytest.raises(ValueError, match="^it has values that are not numbers"):
+        pack.nodes.checks.TENSORS[kind](bad, "it")
