@@ -17,9 +17,10 @@ class AdaptiveStrength(io.ComfyNode):
             node_id="RIDFR_AdaptiveStrength",
             display_name="Adaptive Strength",
             category=types.CATEGORY,
-            description="Looks how degraded each face is, from 0 (sharp) to 1 (a ruin), and gives the identity a "
-            "strength to match: a mild blur still shows who it is, a ruin does not. Blur, low resolution and fine "
-            "grain count; strong grain that was enlarged with the picture may be taken for detail.",
+            description="Estimates how degraded each face is, from 0 (sharp) to 1 (nothing left), and gives the "
+            "identity a strength to match: a mild blur still shows who it is, a ruined picture does not. Blur, low "
+            "resolution and fine grain count as degradation; strong grain that was enlarged with the picture may be "
+            "taken for detail.",
             search_aliases=["estimate degradation", "blur detection", "adaptive scale", "sharpness", "restorerid"],
             inputs=[
                 io.Image.Input("degraded", display_name="degraded face", tooltip="Pictures filled by one face each."),

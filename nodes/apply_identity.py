@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..ridfr_core.errors import RidfrError
-from ..ridfr_core.identity import Identity, Person, check_weights, each_alone
+from ..ridfr_core.identity import Identity, Person, check_weights, each_alone, relative_weights
 from . import types
 from .adapter_lora import with_lora
 from .checks import checked
@@ -315,7 +315,7 @@ def identity_tokens(adapter: ManagedAdapter, identity: Identity, s_scale: float)
     tokens = adapter.adapter.tokens(embeddings, clip, adapter.shortcut, s_scale)
     *people, no_one = tokens.split([*photos, 1])
     rows = [part.flatten(0, 1) for part in (*people, no_one.expand(max(photos), -1, -1))]
-    weights = [person.weights / person.weights.max() for person in identity.people] + [torch.ones(max(photos))]
+    weights = [*map(relative_weights, identity.people), torch.ones(max(photos))]
     padded = pad_sequence(weights, batch_first=True)
     bias = None if (padded == 1).all() else padded.log().repeat_interleave(tokens.shape[1], 1)[:, None, None]
     return pad_sequence(rows, batch_first=True), bias

@@ -4,7 +4,6 @@ ComfyUI checks the numbers and words of widgets, but not those that come over a 
 looks into what a wire carries.
 """
 
-import math
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
@@ -89,11 +88,14 @@ def _foreign(value, kind: str, what: str) -> RidfrError:
 
 def _number(value, slot, what: str) -> int | float:
     whole = slot.get_io_type() == "INT"
-    if not isinstance(value, Real) or whole and math.isfinite(value) and value != int(value):
+    if not isinstance(value, Real):
         raise _foreign(value, "a whole number" if whole else "a number", what)
-    if not math.isfinite(value) or not slot.min <= value <= slot.max:
-        shown = f"{value:.4g}" if abs(value) > 10**15 else str(value)
+    if not slot.min <= value <= slot.max:  # nor is NaN
+        huge = isinstance(value, int) and abs(value) > 10**15
+        shown = f"{max(min(value, 10**300), -(10**300)):.4g}" if huge else str(value)
         raise refused(what, f"is {shown}", f"it can be {slot.min} to {slot.max}", "change that number")
+    if whole and value != int(value):
+        raise _foreign(value, "a whole number", what)
     return int(value) if whole else float(value)
 
 
@@ -104,7 +106,7 @@ def _text(value, what: str) -> str:
 
 
 def _choice(value, options: list[str], what: str) -> str:
-    if value not in options:
+    if not (isinstance(value, str) and value in options):
         more = f" and {len(options) - NAMED} more" if len(options) > NAMED else ""
         listed = ", ".join(map(repr, options[:NAMED])) + more
         shown = repr(str(value)[:60]) if isinstance(value, (str, Real, type(None))) else f"a {type(value).__name__}"
@@ -120,12 +122,23 @@ def _tensor(value, kind: str, what: str) -> Tensor:
         raise refused(what, f"has values of the type {value.dtype}", f"{kind} has fractions, 0 to 1 in pictures", MAKER)
     if value.numel() == 0:
         raise refused(what, f"has the size {_size(value)}", "at least one picture is needed", "connect one")
-    finite = torch.isfinite(value if value.itemsize > 1 else value.float()).flatten(1 if value.ndim > 1 else 0)
+    low, high = _span(value if value.itemsize > 1 else value.float())
+    finite = low.isfinite() & high.isfinite()
     if not finite.all():
-        number = "" if value.ndim < 2 or len(value) == 1 else f" {int((~finite.all(1)).nonzero()[0]) + 1}"
+        number = "" if len(finite) == 1 else f" {int((~finite).nonzero()[0]) + 1}"
         raise refused(what + number, "has values that are not numbers (NaN or infinite)", f"{kind} has none",
                       f"{MAKER}, often a VAE or a model in half precision")
     return value.detach()
+
+
+def _span(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest number of each image, of anything with fewer than three dimensions as one.
+
+    NaN where there is one. Nothing is made of the batch's size, which for a video is many gigabytes.
+    """
+    each = value if value.ndim > 2 else value.reshape(1, -1)
+    inner = tuple(range(1, each.ndim))
+    return each.amin(inner), each.amax(inner)
 
 
 def _size(value: Tensor) -> str:
@@ -138,7 +151,7 @@ def _image(value, what: str) -> Tensor:
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
         raise refused(what, f"has the size {_size(image)}", "images are batch x height x width x 1, 3 or 4 colours",
                       "connect an image output")
-    for number, (low, high) in enumerate(torch.stack(image[..., :3].flatten(1).aminmax(dim=1), 1).tolist(), 1):
+    for number, (low, high) in enumerate(torch.stack(_span(image[..., :3]), 1).tolist(), 1):
         _in_range(low, high, f"{what} {number}" if len(image) > 1 else what)
     return image
 

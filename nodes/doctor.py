@@ -1,4 +1,4 @@
-"""The node that looks what is missing."""
+"""The node that says what is missing."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class Doctor(io.ComfyNode):
             node_id="RIDFR_Doctor",
             display_name="RIDFR Doctor",
             category=types.CATEGORY,
-            description="Looks whether the models and packages that the RIDFR graphs need are there, and says what is "
+            description="Checks whether the models and packages that the RIDFR graphs need are there, and says what is "
             "missing, where to get it and where to put it. It downloads nothing.",
             search_aliases=["missing models", "model check", "diagnose", "health check", "troubleshoot", "help"],
             inputs=[

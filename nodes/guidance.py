@@ -74,8 +74,8 @@ class IDPreservingSampling(io.ComfyNode):
                     min=0.0,
                     max=1000.0,
                     step=0.01,
-                    tooltip="How far the picture is moved at once; 0 switches guidance off. Too much makes the "
-                    "recogniser happy and the face strange: compare with a second recogniser in Compare Identity.",
+                    tooltip="How far the picture is moved at once; 0 switches guidance off. Too much pleases "
+                    "the recogniser but makes the face strange: compare with a second recogniser in Compare Identity.",
                 ),
                 io.Combo.Input(
                     "step_kind",
@@ -133,8 +133,8 @@ class IDPreservingSampling(io.ComfyNode):
                     display_name="where no face is found",
                     options=[USUAL_PLACE, LEAVE_ALONE],
                     default=USUAL_PLACE,
-                    tooltip=f"In a very bad LQ image: '{USUAL_PLACE}' supposes the face where it is in pictures cut "
-                    f"to it, as for FFHQ; '{LEAVE_ALONE}' does not guide that picture.",
+                    tooltip=f"In a very bad LQ image: '{USUAL_PLACE}' assumes the place that it has in pictures "
+                    f"cropped to a face, such as FFHQ's; '{LEAVE_ALONE}' does not guide that picture.",
                 ),
                 io.Combo.Input(
                     "decode",
@@ -226,7 +226,8 @@ def subjects(
             f"The identity has {len(people)} people and there are {len(pictures)} LQ images: give as many people as "
             "LQ images, or one."
         )
-    landmarks = [find_face(face_model, picture) for picture in pictures]
+    faces = face_model.largest_faces(pictures)
+    landmarks = [faces[row].landmarks if row in faces else None for row in range(len(pictures))]
     for number, found in enumerate(landmarks, 1):
         if found is None:
             notes.append(
@@ -247,12 +248,6 @@ def subjects(
     ]
 
 
-def find_face(face_model: ManagedFaceModel, picture: Tensor) -> Tensor | None:
-    """Landmarks [5,2] of the largest face in a picture [3,H,W]."""
-    found = face_model.model.detector.detect(picture)
-    return found[0].landmarks if found else None
-
-
 def embed_seen(
     face_model: ManagedFaceModel, pictures: Tensor, landmarks: list[Tensor | None]
 ) -> list[Tensor | None]:
@@ -271,7 +266,7 @@ class GuidancePlot(io.ComfyNode):
             node_id="RIDFR_GuidancePlot",
             display_name="Guidance Plot",
             category=types.CATEGORY,
-            description="Draws how alike each face and its person were at each step of the guided sampler run.",
+            description="Plots how similar each face was to its person at each step of the guided sampler run.",
             search_aliases=["similarity plot", "guidance curve", "id guidance plot"],
             inputs=[
                 types.Guidance.Input("guidance", tooltip="From the ID-Preserving Sampling whose model was sampled."),

@@ -202,15 +202,11 @@ class FoundFace(NamedTuple):
 
 
 def found_faces(face_model: ManagedFaceModel, photos: Tensor) -> dict[int, FoundFace]:
-    """The largest face in each image of [B,3,H,W], by its index; images without a face are left out."""
-    faces, crops = {}, []
-    for i, photo in enumerate(one_by_one(photos)):
-        if found := face_model.detect(photo):
-            faces[i] = found[0]
-            crops.append(align(photo[None], found[0].landmarks[None]))
+    """As `ManagedFaceModel.largest_faces`, with crops and embeddings."""
+    faces = face_model.largest_faces(photos)
     if not faces:
         return {}
-    crops = torch.cat(crops)
+    crops = torch.cat([align(photos[[i]], face.landmarks[None]) for i, face in faces.items()])
     seen = zip(faces.values(), crops, face_model.embed(crops))
     return {i: FoundFace(*one) for i, one in zip(faces, seen)}
 

@@ -42,7 +42,7 @@ class DegradeFace(io.ComfyNode):
             node_id="RIDFR_DegradeFace",
             display_name="Degrade Face",
             category=types.CATEGORY,
-            description="Spoils good photos as old and small photos are spoilt: blur, low resolution, noise and JPEG, "
+            description="Makes good photos look like old and small ones: adds blur, low resolution, noise and JPEG, "
             "in this order. For tests: restore the result and compare with the photo.",
             search_aliases=["degradation", "low quality", "blur noise jpeg", "downscale", "make lq"],
             inputs=[
@@ -54,7 +54,7 @@ class DegradeFace(io.ComfyNode):
                     min=0,
                     max=types.LARGEST_SEED,
                     control_after_generate=True,
-                    tooltip="The same seed spoils the same photos in the same way.",
+                    tooltip="The same seed degrades the same photos in the same way.",
                 ),
             ],
             outputs=[
@@ -85,7 +85,7 @@ class ColorFix(io.ComfyNode):
             display_name="Color Fix",
             category=types.CATEGORY,
             description="Gives a restored picture the colours of the degraded one, since restoring shifts them. A "
-            "black-and-white, sepia or otherwise toned photo stays so.",
+            "black-and-white photo stays black and white, and a sepia or otherwise toned one keeps its tone.",
             search_aliases=[
                 "color correction", "colour fix", "color match", "wavelet color fix", "adain", "black and white",
                 "sepia",
@@ -144,7 +144,7 @@ class NanoPortraits(io.ComfyNode):
             node_id="RIDFR_NanoPortraits",
             display_name="Nano Portraits",
             category=types.CATEGORY,
-            description="Draws invented people for the nano models, who have never seen them in training.",
+            description="Draws invented people whom the nano models have never seen in training.",
             search_aliases=["test faces", "procedural portraits", "synthetic faces", "demo faces"],
             inputs=[
                 io.Int.Input(

@@ -77,9 +77,11 @@ class ManagedFaceModel:
         loaded(self.patcher, whole=True)
         return self.model
 
-    def detect(self, photo: Tensor) -> list[Face]:
-        """Faces in a photo [3,H,W], largest first; see `Detector.detect`."""
-        return self.ready().detector.detect(photo)
+    def largest_faces(self, photos: Tensor) -> dict[int, Face]:
+        """The largest face in each image of [B,3,H,W], by its index; images without a face are left out."""
+        detector = self.ready().detector  # once: with DynamicVRAM, to load is to copy all weights again
+        found = ((i, detector.detect(photo)) for i, photo in enumerate(one_by_one(photos)))
+        return {i: faces[0] for i, faces in found if faces}
 
     def features(self, crops: Tensor) -> Tensor:
         """Raw embeddings [B,D] of aligned crops [B,3,112,112] in [0,1]; their length tells of the crop's quality."""

@@ -6,7 +6,6 @@ from server import PromptServer
 from torch import Tensor
 
 from ..ridfr_core.errors import RidfrError
-from ..ridfr_core.faces import Detector
 from ..ridfr_core.metrics import identity_variance, landmark_distance, psnr, ssim
 from ..ridfr_core.perceptual import FULL_REFERENCE, METRICS, MetricAbsent, load, score
 from . import types
@@ -25,8 +24,8 @@ class ImageQuality(io.ComfyNode):
             node_id="RIDFR_ImageQuality",
             display_name="Image Quality",
             category=types.CATEGORY,
-            description="Says how close restored pictures are to the true ones, in the measures that papers use. For "
-            "whose face it is, see Compare Identity.",
+            description="Says how close restored pictures are to the true ones, in the measures that papers use. To "
+            "judge whose face it is, use Compare Identity.",
             search_aliases=["psnr", "ssim", "lpips", "landmark distance", "image metrics", "compare images", "musiq"],
             inputs=[
                 io.Image.Input("image", tooltip="The pictures to judge."),
@@ -38,8 +37,8 @@ class ImageQuality(io.ComfyNode):
                 types.FaceModel.Input(
                     "face_model",
                     optional=True,
-                    tooltip="From Load Face Model. With it, the report also says how many pixels the eyes, nose and "
-                    "mouth are off their places (LMD).",
+                    tooltip="From Load Face Model. With it, the report also says by how many pixels the eyes, nose "
+                    "and mouth are out of place (LMD).",
                 ),
                 io.Boolean.Input(
                     "perceptual",
@@ -65,12 +64,13 @@ class ImageQuality(io.ComfyNode):
     def execute(
         cls, image: Tensor, truth: Tensor, perceptual: bool = False, face_model: ManagedFaceModel | None = None
     ) -> io.NodeOutput:
+        given = len(image), len(truth)
         image, truth = same_batch(image, truth, "The first input", "the truth")
         images = to_core(image)
         truths = fit_to(to_core(truth), images.shape[-2:], "The truth", "the picture to judge")
         found = {"PSNR": psnr(images, truths).clamp(max=EQUAL).tolist(), "SSIM": ssim(images, truths).tolist()}
         if face_model is not None:
-            found["LMD"] = landmark_distances(face_model.ready().detector, images, truths)
+            found["LMD"] = landmark_distances(face_model, images[: given[0]], truths[: given[1]])
         lines = [measure_line(name, values) for name, values in found.items()]
         if perceptual:
             lines += perceptual_lines(images, truths)
@@ -79,10 +79,12 @@ class ImageQuality(io.ComfyNode):
         return io.NodeOutput(mean(found["PSNR"]), mean(found["SSIM"]), text, ui={"text": [text]})
 
 
-def landmark_distances(detector: Detector, images: Tensor, truths: Tensor) -> list[float | None]:
-    """LMD of each pair of images [B,3,H,W]; None where a face is missing."""
-    pairs = [(detector.detect(a), detector.detect(b)) for a, b in zip(images, truths, strict=True)]
-    return [landmark_distance(a[0].landmarks, b[0].landmarks).item() if a and b else None for a, b in pairs]
+def landmark_distances(face_model: ManagedFaceModel, images: Tensor, truths: Tensor) -> list[float | None]:
+    """LMD of each pair of images [B,3,H,W], of which one may be for all; None where a face is missing."""
+    faces, others = (face_model.largest_faces(photos) for photos in (images, truths))
+    number = max(len(images), len(truths))
+    pairs = [(faces.get(i % len(images)), others.get(i % len(truths))) for i in range(number)]
+    return [landmark_distance(a.landmarks, b.landmarks).item() if a and b else None for a, b in pairs]
 
 
 def perceptual_lines(images: Tensor, truths: Tensor) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy
 import pytest
 import torch
 
@@ -28,12 +29,12 @@ def fix(**changed):
     return {"image": PHOTO, "color_from": PHOTO, "method": "wavelet", "levels": 5} | changed
 
 
-@pytest.mark.parametrize("value", [0, 9, 10**30, math.nan, math.inf, "5", None, [5], 2.5])
+@pytest.mark.parametrize("value", [0, 9, 10**30, -(10**400), math.nan, math.inf, "5", None, [5], 2.5])
 def test_a_number_outside_of_its_limits(refused, value):
     assert refused("RIDFR_ColorFix", **fix(levels=value)).startswith("Color Fix: levels ")
 
 
-@pytest.mark.parametrize("value", ["Wavelet", "", None, 3])
+@pytest.mark.parametrize("value", ["Wavelet", "", None, 3, numpy.array(["wavelet", "adain"])])
 def test_a_word_that_is_not_an_option(refused, value):
     said = refused("RIDFR_ColorFix", **fix(method=value))
     assert said.startswith("Color Fix: method is ") and "'wavelet', 'adain'" in said
@@ -89,3 +90,30 @@ def test_every_node_is_checked(nodes, shown):
         for slot in node.define_schema().inputs:
             with pytest.raises(ValueError, match=node.define_schema().display_name):
                 node.execute(**{slot.id: object()})
+
+
+def test_a_batch_is_not_copied(pack):
+    """Images come from VAE Decode with the colours first in memory; a video of them fills it without a copy."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    frames, made = torch.rand(4, 3, 64, 64).movedim(1, -1), []
+    memory = frames.untyped_storage().data_ptr()
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != memory:
+                made.append(out.numel())
+            return out
+
+    with Sizes():
+        pack.nodes.checks.TENSORS["IMAGE"](frames, "x")
+    assert made and max(made) < 64
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (8, 8), (1, 8, 8)])
+def test_a_bad_number_of_one_thing_has_no_index(pack, shape):
+    bad = torch.full(shape, torch.nan)
+    kind = "SIGMAS" if len(shape) < 2 else "MASK"
+    with pytest.raises(ValueError, match="^it has values that are not numbers"):
+        pack.nodes.checks.TENSORS[kind](bad, "it")

@@ -83,8 +83,8 @@ def test_they_are_loaded_whole(face_model, monkeypatch):
     asked = []
     monkeypatch.setattr(management, "load_models_gpu", lambda models, **how: asked.append((models, how)))
     face_model.embed(torch.rand(1, 3, 112, 112))
-    face_model.detect(torch.rand(3, 128, 128))
-    assert asked == [([face_model.patcher], {"force_full_load": True})] * 2
+    face_model.largest_faces(torch.rand(3, 3, 128, 128))
+    assert asked == [([face_model.patcher], {"force_full_load": True})] * 2, "once for all photos"
 
 
 @pytest.fixture

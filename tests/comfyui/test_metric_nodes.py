@@ -29,6 +29,15 @@ def test_image_quality_scales_one_truth_to_all(nodes, photos):
         nodes["RIDFR_ImageQuality"].execute(photos, photos[:1].repeat(3, 1, 1, 1))
 
 
+def test_each_picture_is_searched_once(nodes, photos, face_model, monkeypatch):
+    """A truth that is for all, too."""
+    detector, searched = type(face_model.model.detector), []
+    detect = detector.detect
+    monkeypatch.setattr(detector, "detect", lambda self, image: searched.append(1) or detect(self, image))
+    report = nodes["RIDFR_ImageQuality"].execute(photos, photos[:1], False, face_model)[2]
+    assert len(searched) == 3 and report.splitlines()[2].count(",") == 1
+
+
 def test_image_quality_says_which_networks_are_absent(nodes, photos, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     report = nodes["RIDFR_ImageQuality"].execute(photos, photos, True)[2]
