@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoints import brief, read, unwritable, write
+from .errors import in_one_line
 from .identity import Identity, IdentityError, Person, Quality, check_weights
 from .recognition import CROP_SIZE
 
@@ -89,7 +90,7 @@ def save_identity(identity: Identity, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise unwritable(path, in_one_line(error)) from error
     write({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata)
 
 

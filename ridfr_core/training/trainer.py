@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files import remove
 from .draws import Draws, draws_of_process
-from .files import TORCH, append, remove, write_whole
+from .files import TORCH, append, write_whole
 from .settings import Settings, TrainingError
 from .state import check_like, number, read_state, write_state
 
