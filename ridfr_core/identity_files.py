@@ -115,7 +115,8 @@ def load_identity(path: Path) -> Identity:
     tensors = {key: tensors[key] for key in (*NEEDED, *OPTIONAL) if key in tensors}
     _check(tensors, path.name)
     thumbnails = tensors.pop("thumbnails") / 255
-    numbers = {key: tensor.float() for key, tensor in tensors.items()}
+    # Copies: as they were read they are views of the file, which could not be replaced on Windows while they live
+    numbers = {key: tensor.to(torch.float32, copy=True) for key, tensor in tensors.items()}
     quality = tuple(Quality(*row) for row in numbers["quality"].tolist()) if "quality" in numbers else ()
     embeddings = _unit(numbers["embeddings"], path.name)
     person = Person(embeddings, numbers.get("clip"), numbers["weights"], quality)
