@@ -77,8 +77,8 @@ class OnnxNetwork(nn.Module):
             raise
         except FAILURES as error:
             raise FaceModelError(
-                f"{self.name} cannot be run on {' x '.join(map(str, size))} numbers ({first_line(error)}): use the files of "
-                "an insightface pack such as buffalo_l."
+                f"{self.name} cannot be run on {' x '.join(map(str, size))} numbers ({first_line(error)}): use the "
+                "files of an insightface pack such as buffalo_l."
             ) from error
 
     def _run(self, x: Tensor, weights: list[Tensor], limit: float = math.inf) -> tuple[Tensor, ...]:
