@@ -1,10 +1,8 @@
 """Read weight files, recognise what they hold, and say in one sentence what is wrong with them."""
 
 import pickle
-import uuid
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import RidfrError
+from .files import write_whole
 
 KINDS = {
     "identity-adapter": "an identity adapter (IP-Adapter FaceID, FaceID-Plus, FaceID-PlusV2 or plus-face)",
@@ -183,21 +182,14 @@ def brief(text: str, longest: int = 80) -> str:
 def write(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all. Raises CheckpointError if it cannot be written."""
     path = Path(path)
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # its own, as two may write at once
-    own = {key: weight.clone().contiguous() for key, weight in state_dict.items()}  # it refuses shared memory
-    try:
-        save_file(own, partial, dict(metadata or {}))
-        partial.replace(path)
-    except (OSError, SafetensorError, ValueError) as error:  # the last: a name that is no text
-        raise unwritable(path, error) from error
-    finally:
-        with suppress(OSError):  # it is gone, or its folder was never there
-            partial.unlink()
+    own = {key: weight.clone(memory_format=torch.contiguous_format) for key, weight in state_dict.items()}
+    write_whole(path, lambda partial: save_file(own, partial, dict(metadata or {})),  # it refuses shared memory
+                lambda why: unwritable(path, why),
+                (OSError, SafetensorError, ValueError))  # the last: a name that is not text
 
 
-def unwritable(path: Path, error: Exception) -> CheckpointError:
-    why = brief(str(error), 300)
-    return CheckpointError(f"'{path}' cannot be written ({why}): check the folder and the free space.")
+def unwritable(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"'{path}' cannot be written ({brief(why, 300)}): check the folder and the free space.")
 
 
 def flatten(nested: Mapping) -> dict[str, Tensor]:

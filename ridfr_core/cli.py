@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> None:
         options.run(options)
     except RidfrError as error:
         raise SystemExit(f"{name}: {error}") from error
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except ImportError as error:
         raise SystemExit(f"{name}: {not_there(error, options.command)}") from error
     except OSError as error:

@@ -1,6 +1,5 @@
 """What a ComfyUI lacks for the shipped graphs: model files, packages, folders. Reads only; opens no network."""
 
-import hashlib
 import importlib.metadata
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +11,10 @@ import torch
 from . import known_models, model_search
 from .errors import RidfrError, in_one_line
 from .face_model import digest_of
+from .files import sha256
 from .host import OLDEST_COMFYUI, numbers
 from .known_models import KnownModel
-from .model_search import HOLDS, Folders
+from .model_search import HOLDS, Folders, recognise
 from .nano import WEIGHTS
 from .packages import REQUIRED, PackageError, need
 
@@ -181,7 +181,7 @@ def model_file(model: KnownModel, folders: Folders, hashes: bool) -> Finding:
 
 
 def found(model: KnownModel, path: Path, folders: Folders, hashes: bool) -> Finding:
-    held = model_search.contents(path)
+    held = recognise(path)
     if not model_search.suits(model, held):
         wanted = f", but {model.family} is needed" if held.kind == model.kind else ""
         return Finding("wrong", f"{path} holds {held}{wanted}: replace it. {source(model)}")
@@ -214,7 +214,7 @@ def misplaced(model: KnownModel, folders: Folders) -> Finding:
 def stray(path: Path, home: str, folders: Folders) -> Finding:
     """A note on a file that belongs in the model folder `home`."""
     where = next(iter(folders.get(home, ())), Path("models") / home)
-    return Finding("note", f"{path} holds {model_search.contents(path)}: move it to {where}")
+    return Finding("note", f"{path} holds {recognise(path)}: move it to {where}")
 
 
 def place(model: KnownModel, folders: Folders) -> Path:
@@ -242,14 +242,6 @@ def published(model: KnownModel, path: Path, size: int, hashes: bool) -> str:
     if not hashes:
         return "sha256 not compared"
     return "sha256 known good" if sha256(path) == model.sha256 else "sha256 unknown"
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def writable(name: str, roots: Sequence[Path]) -> Finding:

@@ -8,3 +8,8 @@ class RidfrError(ValueError):
 def in_one_line(error: BaseException) -> str:
     """What an error says, for a sentence of ours: the messages of other packages often have several lines."""
     return " ".join(str(error).split())
+
+
+def first_line(error: BaseException) -> str:
+    """The same where the first line says what is wrong, and the others are advice for programmers."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".:")

@@ -12,8 +12,9 @@ from torch import nn
 
 from . import checkpoints
 from .faces import Detector, Face
+from .files import sha256
 from .nano import WEIGHTS
-from .onnx_file import FaceModelError, Graph, read_graph, sha256
+from .onnx_file import FaceModelError, Graph, read_graph
 from .onnx_network import RuntimeNetwork
 from .recognition import CROP_SIZE, OnnxRecogniser, load_recogniser
 from .scrfd import LAYOUTS

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .onnx_file import FaceModelError, read_graph, sha256
+from .files import sha256
+from .onnx_file import FaceModelError, read_graph
 from .onnx_network import device_of, load_network
 from .scrfd import LAYOUTS, Candidates, best_of_each, candidates, letterbox
 

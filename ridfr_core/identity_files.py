@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoints import brief, read, unwritable, write
+from .errors import in_one_line
 from .identity import Identity, IdentityError, Person, Quality, check_weights
 from .recognition import CROP_SIZE
 
@@ -89,7 +90,7 @@ def save_identity(identity: Identity, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise unwritable(path, in_one_line(error)) from error
     write({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata)
 
 
@@ -114,7 +115,8 @@ def load_identity(path: Path) -> Identity:
     tensors = {key: tensors[key] for key in (*NEEDED, *OPTIONAL) if key in tensors}
     _check(tensors, path.name)
     thumbnails = tensors.pop("thumbnails") / 255
-    numbers = {key: tensor.float() for key, tensor in tensors.items()}
+    # Copies: as they were read they are views of the file, which could not be replaced on Windows while they live
+    numbers = {key: tensor.to(torch.float32, copy=True) for key, tensor in tensors.items()}
     quality = tuple(Quality(*row) for row in numbers["quality"].tolist()) if "quality" in numbers else ()
     embeddings = _unit(numbers["embeddings"], path.name)
     person = Person(embeddings, numbers.get("clip"), numbers["weights"], quality)

@@ -36,14 +36,14 @@ class Contents(NamedTuple):
         return HOLDS[self.kind] + (f": {self.family}" if self.family else "")
 
 
-def contents(path: Path) -> Contents:
+def recognise(path: Path) -> Contents:
     """What a file holds, from its names and shapes alone. Raises RidfrError for a damaged one, OSError."""
     stat = path.stat()
-    return _contents(path, stat.st_size, stat.st_mtime_ns)
+    return _recognised(path, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=10_000)
-def _contents(path: Path, size: int, _: int) -> Contents:
+def _recognised(path: Path, size: int, _: int) -> Contents:
     if not size:
         raise checkpoints.CheckpointError(f"'{path.name}' is empty (0 bytes): download it again.")
     if path.suffix == ".onnx":
@@ -83,7 +83,7 @@ def fits(model: KnownModel, path: Path) -> bool:
     if model.word not in path.name.lower():
         return False
     try:
-        return suits(model, contents(path))
+        return suits(model, recognise(path))
     except Exception:  # of a stranger's file; it need not be readable
         return False
 
@@ -130,7 +130,7 @@ def strays(name: str, folders: Folders) -> Iterator[tuple[Path, str]]:
     """(file, name of the folder that it belongs in) of the files of a model folder that belong in another one."""
     for path in (path for root in folders.get(name, ()) for path in weight_files(Path(root))):
         try:
-            home = HOMES.get(contents(path).kind, name)
+            home = HOMES.get(recognise(path).kind, name)
         except Exception:  # as in `fits`
             continue
         if home != name and not _has_adapter(path):

@@ -6,7 +6,6 @@ number, a kind of four, and a value; `onnx.proto3` in the ONNX repository has th
 for a size: every length is held against the bytes that are there before anything is made of it.
 """
 
-import hashlib
 import math
 import mmap
 from collections.abc import Iterator
@@ -91,15 +90,6 @@ def read_graph(path: str | Path, weights: bool = True) -> Graph:
                 return _Reader(view, weights).graph(path.name)
     except Damaged as reason:
         raise FaceModelError(f"{path.name} cannot be read as ONNX ({reason}): download it again.") from None
-
-
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, read block by block."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class _Reader:

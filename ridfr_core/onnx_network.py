@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .errors import first_line
 from .onnx_file import FaceModelError, Graph, Node
 from .onnx_operators import OPERATORS, Operator, Unsupported
 
@@ -81,8 +82,8 @@ class OnnxNetwork(nn.Module):
             raise
         except FAILURES as error:
             raise FaceModelError(
-                f"{self.name} cannot be run on {' x '.join(map(str, size))} numbers ({short(error)}): use the files of "
-                "an insightface pack such as buffalo_l."
+                f"{self.name} cannot be run on {' x '.join(map(str, size))} numbers ({first_line(error)}): use the "
+                "files of an insightface pack such as buffalo_l."
             ) from error
 
     def _run(self, x: Tensor, weights: list[Tensor], limit: float = math.inf) -> tuple[Tensor, ...]:
@@ -172,7 +173,7 @@ class OnnxNetwork(nn.Module):
             raise unknown(self.name, str(reason)) from None
         except FAILURES as error:
             raise FaceModelError(f"{self.name} is not a whole network: its operator {node.op} cannot be worked out "
-                                 f"({short(error)}). Download it again.") from error
+                                 f"({first_line(error)}). Download it again.") from error
         found = found if isinstance(found, tuple) else (found,)
         return {name: unified(tensor) for name, tensor in zip(node.outputs, found)}
 
@@ -198,11 +199,6 @@ def unified(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point():
         return tensor.float()
     return tensor if tensor.dtype == torch.bool else tensor.long()
-
-
-def short(error: Exception) -> str:
-    """An error's first line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def unknown(name: str, what: str) -> FaceModelError:

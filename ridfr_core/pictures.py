@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import RidfrError
+from .errors import RidfrError, in_one_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # whatever a file is called, Pillow tries no others (PostScript, ...)
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -49,7 +49,7 @@ def read_picture(path: Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise PictureError(path, "it is not an image") from error
     except Exception as error:  # of almost every kind, by format and damage
-        raise PictureError(path, f"it is damaged: {' '.join(str(error).split())}") from error
+        raise PictureError(path, f"it is damaged: {in_one_line(error)}") from error
 
 
 def _check_size(path: Path, width: int, height: int) -> None:

@@ -61,6 +61,9 @@ def test_the_packs_own_errors_are_sentences_and_bugs_are_not(monkeypatch):
         fails(OSError(28, "No space left on device", "/x"))
     with pytest.raises(SystemExit, match="libGL.so.1: cannot open"):
         fails(ImportError("libGL.so.1: cannot open shared object file"))
+    with pytest.raises(SystemExit) as stopped:
+        fails(KeyboardInterrupt())
+    assert stopped.value.code == 130
     for bug in (ValueError("a bug"), KeyError("a bug"), RuntimeError("a bug"),
                 ImportError("a bug", name="ridfr_core.nowhere")):
         with pytest.raises(type(bug)):

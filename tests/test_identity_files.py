@@ -39,6 +39,22 @@ def test_what_is_saved_comes_back(tmp_path, clip, quality):
     torch.testing.assert_close(after.thumbnails, before.thumbnails, rtol=0, atol=0.5 / 255 + 1e-6)
 
 
+def test_a_loaded_person_does_not_hang_on_the_file(tmp_path):
+    """What safetensors reads is a view of the file: Windows would not let it be replaced, and a change would show."""
+    path = tmp_path / "ann.safetensors"
+    save_identity(ann(), path)
+    loaded = load_identity(path)
+    person, before = loaded.people[0], load_file(path)
+    tensors = {name: getattr(person, name) for name in ("embeddings", "clip", "weights")}
+    tensors["clip_uncond"] = loaded.clip_uncond
+    before = {name: before[name].clone() for name in tensors}
+    with path.open("r+b") as file:
+        file.seek(8 + int.from_bytes(path.read_bytes()[:8], "little"))
+        file.write(bytes(path.stat().st_size - file.tell()))
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "ann.safetensors"
     save_identity(ann(), path)

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ridfr_core.face_model import load_face_model, role_of
 from ridfr_core.nano import WEIGHTS
-from ridfr_core.onnx_file import FaceModelError, read_graph, sha256
+from ridfr_core.onnx_file import FaceModelError, read_graph
 from tests.onnx_graphs import save
 from tests.real_faces import REAL
 
@@ -200,9 +200,3 @@ def test_a_large_claim_takes_no_memory(tmp_path):
     refused(path, "has 4 numbers in place of 1073741824")
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
-
-
-def test_digest_is_of_the_file():
-    import hashlib
-
-    assert sha256(SHIPPED[0]) == hashlib.sha256(SHIPPED[0].read_bytes()).hexdigest()

@@ -5,7 +5,6 @@ import pickle
 import shutil
 import signal
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy
@@ -16,10 +15,10 @@ from torch import nn
 
 from ridfr_core.degradation import DegradationRange
 from ridfr_core.faces import ARCFACE_TEMPLATE
+from ridfr_core.files import PARTIAL
 from ridfr_core.randomness import seed_of
 from ridfr_core.training import clip_vision, material, photos, references
 from ridfr_core.training.draws import Draws, draws_of_process
-from ridfr_core.training.files import write_whole
 from ridfr_core.training.loop import Recipe
 from ridfr_core.training.photos import Photos, find_photos, split_people
 from ridfr_core.training.references import Features, References, compute_features, find_faces, other_photos, strangers
@@ -207,7 +206,7 @@ def test_two_runs_that_share_a_cache_do_not_spoil_each_others_features(folder, t
         for row in range(len(seen)):
             assert features.clip(row, size).any()
             torch.testing.assert_close(features.clip(row, size), alone.clip(row, size), rtol=1e-2, atol=1e-2)
-    assert not list(cache.glob("*.partial"))
+    assert not list(cache.glob(PARTIAL.format("*")))
 
 
 @pytest.mark.parametrize("damage", [b"", b"no array", pickle.dumps({"a": 1})])
@@ -263,15 +262,6 @@ def test_a_photos_name_need_not_be_unicode(folder, tmp_path):
     picture(folder / os.fsdecode(b"\xff.png"))
     found, skipped = find_photos(folder, 64, tmp_path / "cache")
     assert len(found) == 7 and not skipped and len(found.digest) == 64
-
-
-def test_partial_files_of_killed_runs_are_removed(tmp_path):
-    old, young = tmp_path / "a.1234.partial", tmp_path / "b.1234.partial"
-    for path, age in ((old, 7200), (young, 60)):
-        path.write_bytes(b"x")
-        os.utime(path, (time.time() - age,) * 2)
-    write_whole(tmp_path / "c", lambda partial: partial.write_text("c"))
-    assert {path.name for path in tmp_path.iterdir()} == {young.name, "c"}
 
 
 def test_landmarks_follow_the_shrunk_photo():

@@ -102,6 +102,15 @@ def test_a_run_that_is_killed_ends_where_an_undisturbed_one_does(noise, tmp_path
     assert sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()) == ["0000006", "0000008"]
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    """Also where a step has more digits than the others' names."""
+    for step in (9_999_000, 10_000_000, 500):
+        (tmp_path / "checkpoints" / f"{step:07d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    found = Trainer._checkpoints(SimpleNamespace(folder=tmp_path))
+    assert [path.name for path in found] == ["0000500", "9999000", "10000000"]
+
+
 def test_a_run_goes_on_in_other_parts_of_the_batch(noise, tmp_path):
     train("content", noise, tmp_path / "changed", "lr=1e-2", "steps=1")
     for name in ("changed", "whole"):

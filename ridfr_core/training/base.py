@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import CheckpointError, read
+from ..errors import first_line
 from ..layouts import unet_to_ldm, vae_to_ldm
 from ..nano import WEIGHTS
 from ..nano.config import SCHEDULE
-from .clip_vision import check_finite, check_layers, first_line
+from .clip_vision import check_finite, check_layers
 from .networks import from_ldm
 
 HEADS = {8: "sd15", 4: "nano"}

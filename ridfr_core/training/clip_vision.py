@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoints import CheckpointError, read
+from ..errors import first_line
 from ..faces import align
 from ..nano import WEIGHTS
 
@@ -107,11 +108,6 @@ def check_finite(network: nn.Module, folder: Path) -> None:
     for name, weight in network.named_parameters():
         if not torch.isfinite(weight).all():
             raise CheckpointError(f"'{folder}' holds NaN or infinite numbers in {name}: get it again.")
-
-
-def first_line(error: Exception) -> str:
-    """What a library says, for a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
 def normalise(crops: Tensor, size: int) -> Tensor:

@@ -1,10 +1,5 @@
-"""Files and folders that are written whole or not at all."""
+"""What a training run or an evaluation writes: whole or not at all."""
 
-import hashlib
-import os
-import shutil
-import time
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,33 +8,27 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .. import files
+from ..errors import in_one_line
 from .settings import TrainingError
 
 TORCH = (OSError, SafetensorError, RuntimeError)  # what torch.save makes of a full disk
-ABANDONED = 3600.0  # seconds without a change, after which nobody writes a partial file any more
 
 
 def write_whole(path: Path, write: Callable[[Path], object], errors=(OSError, SafetensorError)) -> None:
-    """Have `write` make a file or folder under another name, and move it to `path` when it is whole.
+    """`files.write_whole` into a folder that is made if it is missing.
 
-    That name is nobody else's, so several runs may write the same path; the last one stays.
-    errors: what `write` raises if it cannot write; see TORCH.
-    Raises TrainingError if it cannot be written (the disk is full, ...); then what was at `path` is still there.
+    errors: what `write` raises if it cannot write; see TORCH. Raises TrainingError if it cannot be written.
     """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    def failed(why: str) -> TrainingError:
+        return TrainingError(f"'{path}' cannot be written ({why}): is the disk full? What was saved before is still "
+                             "there.")
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path.parent)
-        try:
-            write(partial)
-            if path.is_dir():
-                remove(path)
-            os.replace(partial, path)
-        finally:
-            remove(partial)
-    except errors as error:
-        raise TrainingError(f"'{path}' cannot be written ({' '.join(str(error).split())}): is the disk full? What was "
-                            "saved before is still there.") from error
+    except OSError as error:
+        raise failed(in_one_line(error)) from error
+    files.write_whole(path, write, failed, errors)
 
 
 def write_png(image: Image.Image, path: Path) -> None:
@@ -55,24 +44,6 @@ def append(path: Path, line: str) -> None:
     except OSError as error:
         raise TrainingError(f"'{path}' cannot be written ({error.strerror}): is the disk full? Give the same command "
                             "again when there is space.") from error
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """The partial files of runs that were killed."""
-    for partial in folder.glob("*.partial"):
-        try:
-            if time.time() - partial.stat().st_mtime > ABANDONED:
-                remove(partial)
-        except OSError:  # another run has removed it
-            continue
-
-
-def remove(path: Path) -> None:
-    """A file or a folder, or nothing."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, parts: Iterable[Tensor], total: int) -> None:
@@ -100,15 +71,3 @@ def rows_of(path: Path, total: int) -> numpy.ndarray | None:
     except (OSError, ValueError, EOFError):  # ValueError: also a pickle, which is not loaded
         return None
     return rows if isinstance(rows, numpy.ndarray) and len(rows.shape) and len(rows) == total else None
-
-
-def sha256_of(path: Path) -> str:
-    """Raises TrainingError if the file cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while part := file.read(1 << 24):
-                digest.update(part)
-    except OSError as error:
-        raise TrainingError(f"'{path}' cannot be read ({error.strerror}): check the file.") from error
-    return digest.hexdigest()

@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..files import sha256
 from ..pictures import EXTENSIONS, PictureError, read_picture
-from .files import sha256_of, write_whole
+from .files import write_whole
 from .settings import TrainingError
 
 READER = 2  # raise it when other files can be read, or are read in another way: the index is made anew
@@ -93,7 +94,7 @@ def find_photos(folder: Path, resolution: int, cache: Path) -> tuple[Photos, dic
             row = {"size": state.st_size, "modified": state.st_mtime_ns, "wrong": None, "digest": None}
             try:
                 load_photo(path, resolution)
-                row["digest"] = sha256_of(path)
+                row["digest"] = sha256(path)
             except PictureError as error:
                 row["wrong"] = error.reason
         return name, row

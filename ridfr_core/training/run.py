@@ -11,10 +11,11 @@ from torch import nn
 from ..adapter import IdentityAdapter, find_lora
 from ..checkpoints import CheckpointError, check_tensors, expect, read
 from ..content import PREFIX, ContentSpec, controlnet_to_ldm, understand
+from ..files import sha256
 from ..nano import WEIGHTS
 from .base import Base, load_base
 from .clip_vision import load_tower
-from .files import sha256_of, write_whole
+from .files import write_whole
 from .material import Material, gather, usable_photos
 from .networks import build_adapter, build_content, from_ldm, let_identity_in, merge_lora, widths
 from .settings import (
@@ -176,7 +177,7 @@ def _history(settings: Settings, identity: dict[str, str], material: Material) -
 def _digests(settings: Settings) -> dict[str, str]:
     """SHA-256 of those weights that training starts from and that are files, by their settings' keys."""
     paths = {key: getattr(settings, key, None) for key in ("base", "content", "adapter", "clip_vision")}
-    return {f"{key}_sha256": sha256_of(Path(path)) for key, path in paths.items() if path and Path(path).is_file()}
+    return {f"{key}_sha256": sha256(path) for key, path in paths.items() if path and Path(path).is_file()}
 
 
 def _check_sizes(settings: Settings, processes: int) -> None:

@@ -12,7 +12,7 @@ from typing import get_args, get_origin, get_type_hints
 import yaml
 
 from ..content import CHOICES as CONTENT_CHOICES
-from ..errors import RidfrError
+from ..errors import RidfrError, in_one_line
 
 RECIPES = Path(__file__).parent / "recipes"
 # Neither what is learnt nor the order in which depends on these, so an interrupted run may go on with other values;
@@ -176,7 +176,7 @@ def _parse(text: str, source: str):
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: !!int x
-        raise TrainingError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise TrainingError(f"{source} is not valid YAML: {in_one_line(error)}.") from error
 
 
 class _Loader(yaml.SafeLoader):

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files import remove
 from .draws import Draws, draws_of_process
-from .files import TORCH, append, remove, write_whole
+from .files import TORCH, append, write_whole
 from .settings import Settings, TrainingError
 from .state import check_like, number, read_state, write_state
 
@@ -194,7 +195,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _checkpoints(self) -> list[Path]:
-        return sorted(path for path in (self.folder / "checkpoints").glob("*") if path.name.isdecimal())
+        folders = (path for path in (self.folder / "checkpoints").glob("*") if path.name.isdecimal())
+        return sorted(folders, key=lambda path: int(path.name))
 
     def _newest(self) -> Path | None:
         return next(reversed(self._checkpoints()), None)
@@ -250,7 +252,8 @@ class Trainer:
             if f"{MOMENTS[0]}.{name}" in tensors:  # not of what never had a gradient
                 check_like(tensors, {f"{moment}.{name}": parameter for moment in MOMENTS[:2]}
                            | {f"{MOMENTS[2]}.{name}": torch.zeros(())})
-                moments[i] = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS}
+                # Copies: a view of the file would keep Windows from removing the checkpoint later
+                moments[i] = {moment: tensors[f"{moment}.{name}"].clone() for moment in MOMENTS}
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         with torch.no_grad():
             for name, parameter in self.parameters.items():

@@ -42,7 +42,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     yield from serve(NEWEST, tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def oldest_server(tmp_path_factory) -> Iterator[Server]:
     """A server of the oldest ComfyUI that the pack supports."""
     yield from serve(OLDEST, tmp_path_factory)
