@@ -138,6 +138,8 @@ class ApplyIdentity(io.ComfyNode):
         check_fit(model, adapter, identity)
         by_block = {"input": strength * down, "middle": strength * middle, "output": strength * up}
         if not any(by_block.values()) or start_percent >= end_percent:
+            why = "its start is not before its end" if any(by_block.values()) else "its strength is 0"
+            show([f"The identity does nothing, since {why}."], cls.hidden.unique_id)
             return io.NodeOutput(model)
 
         def each(overall: float) -> float | Tensor:
@@ -174,8 +176,9 @@ def tell_outside(model, part: NoiseRange, notes: list[str], node: str) -> None:
     """Have each run of the model say on the node, below the notes, whether it comes by that part of the schedule."""
 
     def begin(executor, guider, sigmas, *args, **kwargs):
-        outside = part.outside(guider.inner_model.model_sampling, sigmas, "The identity")
-        show([*notes, outside or "The identity acts in this run."], node)
+        sampling, steps = guider.inner_model.model_sampling, max(len(sigmas) - 1, 0)
+        acts = f"The identity acts in {part.count(sampling, sigmas)} of {steps} steps."
+        show([*notes, part.outside(sampling, sigmas, "The identity") or acts], node)
         return executor(guider, sigmas, *args, **kwargs)
 
     model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, begin)
@@ -279,8 +282,8 @@ def regions(
     if people == ONE_EACH:
         if mask is not None and not any(acting):
             notes.append(
-                "The mask is black everywhere, so the identity acts nowhere. Load Image gives such a mask for a "
-                "picture without transparency: disconnect it to have the person everywhere."
+                "The mask is black everywhere: disconnect it, or the identity acts nowhere. (Load Image gives such a "
+                "mask for a picture without transparency.)"
             )
         return [(identity, None if mask is None else Region(mask))]
     if len(acting) != len(identity.people):

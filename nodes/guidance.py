@@ -195,8 +195,10 @@ class IDPreservingSampling(io.ComfyNode):
                 "a face model with an ArcFace ResNet, such as buffalo_l or antelopev2, here and in Extract Identity."
             )
         if step_size == 0 or start_percent >= end_percent:
-            off = Record(["Guidance is off: its step size is 0 or its range is empty."], off=True)
-            return io.NodeOutput(model, off)
+            why = "its step size is 0" if step_size == 0 else "its start is not before its end"
+            off = f"Guidance is off, since {why}."
+            PromptServer.instance.send_progress_text(off, cls.hidden.unique_id)  # shown on the node
+            return io.NodeOutput(model, Record([off], off=True))
         if DECODE_MODES[decode].approximate:
             taesd_file(model.get_model_object("latent_format"))
         record = Record()

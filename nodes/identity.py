@@ -104,7 +104,7 @@ class ExtractIdentity(io.ComfyNode):
         if batch == MANY_PEOPLE:
             identity = one_photo_each(identity)
         names = {f"reference image {number}": face for number, face in enumerate(faces, start=1)}
-        report = "\n".join([describe(identity), *face_model.model.doubts(names)])
+        report = "\n".join([describe(identity), *face_model.model.doubts(names, clean=True)])
         PromptServer.instance.send_progress_text(report, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(identity, report)
 
@@ -188,7 +188,8 @@ class CompareIdentity(io.ComfyNode):
         mean = sum(found) / len(found) if found else 0.0
         lines = [similarity_line(i, *pair, score) for i, (pair, score) in enumerate(zip(pairs, scores), start=1)]
         doubts = face_model.model.doubts(named(faces, "image") | named(others, "image to compare with"))
-        text = "\n".join([f"similarity {mean:.3f} over {len(found)} of {len(scores)}", *lines, *doubts])
+        summary = f"similarity {mean:.3f} over {len(found)} of {len(scores)}" if found else "no pair with two faces"
+        text = "\n".join([summary, *lines, *doubts])
         PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(mean, text, ui={"text": [text], "similarity": scores})
 

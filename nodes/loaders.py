@@ -156,7 +156,8 @@ class LoadIdentityAdapter(io.ComfyNode):
             raw="unnorm" in path.stem.lower(),
             recogniser=metadata.get("ridfr.recogniser") or recogniser_of(adapter),
         )
-        told = f"{describe(loaded)}; its LoRA: {where}"
+        lacking = "none, and it needs none" if file == paths.NANO else where
+        told = f"{describe(loaded)}; its LoRA: {where if lora else lacking}"
         PromptServer.instance.send_progress_text(told, cls.hidden.unique_id)  # shown on the node
         return io.NodeOutput(loaded)
 

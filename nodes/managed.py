@@ -121,11 +121,12 @@ class ManagedAdapter:
 
     def check_recogniser(self, identity: Identity) -> None:
         """Raises RidfrError where the identity was made with a face model that the adapter was not made for."""
-        made = f"the face model {identity.recogniser or 'unknown'} ({identity.digest[:8]})"
+        made = f"the face model {identity.recogniser or f'of digest {identity.digest[:8]}'}"
         if self.recogniser and identity.digest != self.recogniser:
+            nano = self.recogniser == digest_of(paths.own_recognisers()[0])
             raise RidfrError(
-                f"The adapter {self.name} was made for another face model ({self.recogniser[:8]}) than {made}, with "
-                "which the identity was made: extract it again with the right one, 'nano' for the nano adapter."
+                f"The identity was made with {made}, but the adapter {self.name} was made for another face model: use "
+                f"Extract Identity with {'nano' if nano else 'the one that it was trained with'}."
             )
         if not self.recogniser and identity.digest.removeprefix("bgr-") in map(digest_of, paths.own_recognisers()):
             raise RidfrError(

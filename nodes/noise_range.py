@@ -29,14 +29,18 @@ class NoiseRange:
         """
         return sampling.percent_to_sigma(self.start), sampling.percent_to_sigma(self.end)
 
+    def count(self, sampling, sigmas: Tensor) -> int:
+        """How many steps of a run begin within the range. sigmas: as of `outside`."""
+        first, last = self.sigmas(sampling)
+        return sum(first >= sigma >= last for sigma in sigmas[:-1].tolist())
+
     def outside(self, sampling, sigmas: Tensor, what: str) -> str | None:
         """A sentence where no step of a run lies within the range, so that `what` does nothing in it; else None.
 
         sigmas: the run's noise levels [steps + 1], of which the last is where it ends.
         """
-        first, last = self.sigmas(sampling)
         steps = sigmas[:-1].tolist()
-        if not steps or any(first >= sigma >= last for sigma in steps):
+        if not steps or self.count(sampling, sigmas):
             return None
         return (
             f"{what} does nothing in this run: its steps lie between {percent_of(sampling, steps[0]):.2f} and "

@@ -30,7 +30,7 @@ LARGEST, SURE = 112, 0.65
 NAMED = 5  # how many pictures a sentence names
 PURPOSES = {
     NANO: "for drawn portraits, with the nano models",
-    JUDGE: "judges results with drawn portraits; nano's adapter does not know its embeddings",
+    JUDGE: "only judges drawn portraits (Compare Identity): Apply Identity refuses its identities",
 }
 RUN_BY = "run by torch", "run by onnxruntime on the processor"
 
@@ -63,9 +63,12 @@ class FaceModel:
             return f"for photos, to match and to judge; identity adapters need {EMBEDDING} numbers"
         return "for photos"
 
-    def doubts(self, faces: Mapping[str, Face]) -> list[str]:
-        """A sentence if faces, by the name of their picture, do not look like what the face model is for; else none."""
-        odd = [name for name, face in faces.items() if face.height > LARGEST or face.score < SURE]
+    def doubts(self, faces: Mapping[str, Face], clean: bool = False) -> list[str]:
+        """A sentence if faces, by the name of their picture, do not look like what the face model is for; else none.
+
+        clean: the pictures are good ones, so a detector that is not sure tells something, too.
+        """
+        odd = [name for name, face in faces.items() if face.height > LARGEST or clean and face.score < SURE]
         if not (self.drawn and odd):
             return []
         more = f" and {len(odd) - NAMED} more" if len(odd) > NAMED else ""
@@ -73,12 +76,12 @@ class FaceModel:
                 f"one: {', '.join(odd[:NAMED])}{more}; for photographs load buffalo_l or another insightface pack."]
 
     def describe(self) -> str:
-        """What was loaded, what runs it, what it is for: three lines."""
+        """What it is for, what was loaded, what runs it: three lines."""
         size = "x".join(map(str, self.detector.fixed)) if self.detector.fixed else "pictures of any size"
         return "\n".join([
+            self.purpose,
             f"detector: {self.detector.path.name}, {size}, {RUN_BY[isinstance(self.detector.network, RuntimeNetwork)]}",
             f"recogniser: {self.recogniser.width} numbers, {RUN_BY[isinstance(self.recogniser, OnnxRecogniser)]}",
-            self.purpose,
         ])
 
 

@@ -76,13 +76,17 @@ def reference_faces(face_model: FaceModel, images: Iterable[Tensor], what: str =
     Raises IdentityError for no face, several faces or one too small; it names the image by `what` and its index from 1.
     """
     return [
-        _one_face(face_model.detector.detect(image), f"{what} {index}") for index, image in enumerate(images, start=1)
+        _one_face(face_model.detector.detect(image), f"{what} {index}", face_model)
+        for index, image in enumerate(images, start=1)
     ]
 
 
-def _one_face(faces: list[Face], what: str) -> Face:
+def _one_face(faces: list[Face], what: str, face_model: FaceModel) -> Face:
     if not faces:
-        raise IdentityError(f"No face was found in {what}: use a sharper photo of the face, upright and unobstructed.")
+        hint = f" ({face_model.name} finds drawn ones only)" if face_model.drawn else ""
+        raise IdentityError(
+            f"No face was found in {what}{hint}: use a sharper photo of the face, upright and unobstructed."
+        )
     largest = faces[0]
     people = sum(face.area >= BYSTANDER * largest.area for face in faces)
     if people > 1:

@@ -173,7 +173,7 @@ def test_start_and_end_are_the_schedules_of_the_model_that_runs(sample, nano, ap
     assert torch.equal(sample(before, nano.prompt, steps=6), sample(after, nano.prompt, steps=6))
 
 
-@pytest.mark.parametrize("end, said", [(0.2, "does nothing in this run: its steps lie between 0.3"), (0.6, "acts")])
+@pytest.mark.parametrize("end, said", [(0.2, "does nothing in this run: its steps lie between 0.3"), (0.6, "acts in 3 of 7 steps")])
 def test_a_part_that_a_run_never_meets_is_told(nano, apply, identity, shown, end, said):
     from nodes import common_ksampler
 
@@ -182,7 +182,13 @@ def test_a_part_that_a_run_never_meets_is_told(nano, apply, identity, shown, end
     drawn = [common_ksampler(model, 1, *options, denoise=0.7)[0]["samples"]
              for model in (nano.model, apply(identity, end=end))]
     assert said in shown["RIDFR_ApplyIdentity"]
-    assert torch.equal(*drawn) == (said != "acts")
+    assert torch.equal(*drawn) == (not said.startswith("acts"))
+
+
+@pytest.mark.parametrize("options, said", [({"start": 0.8, "end": 0.3}, "its start is not before its end"),
+                                           ({"strength": 0.0}, "its strength is 0")])
+def test_an_identity_that_does_nothing_is_told(nano, apply, identity, shown, options, said):
+    assert apply(identity, **options) is nano.model and said in shown["RIDFR_ApplyIdentity"]
 
 
 def test_chained_strengths_add_up(sample, nano, apply, identity):
@@ -408,7 +414,7 @@ def test_a_mask_of_nothing_is_told(apply, identity, shown, pack):
         apply(identity, mask=torch.cat(masks), **options)
         return shown.get("RIDFR_ApplyIdentity", "")
 
-    assert "black everywhere, so the identity acts nowhere" in told(black) and told(black) == told(black, black)
+    assert "black everywhere: disconnect it" in told(black) and told(black) == told(black, black)
     assert told(black, white) == told(white) == ""
     everyone = pack.nodes.apply_identity.ALL_IN_ONE
     assert "mask of person 2 is black everywhere" in told(white, black, people=everyone)
@@ -544,7 +550,7 @@ def test_face_models_that_an_adapter_was_not_made_for(apply, adapter, identity, 
     for recogniser, digest in ((nano_model, nano_model), (None, photos), (None, "bgr-" + photos), (photos, photos)):
         applied(recogniser, digest)
     for digest in (photos, judge, "bgr-" + nano_model):
-        with pytest.raises(ValueError, match="adapter identity_adapter.* was made for another face model"):
+        with pytest.raises(ValueError, match="adapter identity_adapter.* was made for another face model: use .* nano"):
             applied(nano_model, digest)
     for digest in (nano_model, judge, "bgr-" + judge):
         with pytest.raises(ValueError, match="which knows drawn portraits only, and the adapter .* is for photos"):

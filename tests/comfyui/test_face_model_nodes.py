@@ -39,12 +39,12 @@ def portraits(nodes, count):
 def test_the_node_shows_what_it_loaded(nodes, load, copy, shown):
     nodes["RIDFR_LoadFaceModel"].execute("nano")
     assert shown["RIDFR_LoadFaceModel"].splitlines() == [
+        "for drawn portraits, with the nano models",
         "detector: det_nano.onnx, pictures of any size, run by torch",
         "recogniser: 512 numbers, run by torch",
-        "for drawn portraits, with the nano models",
     ]
     load(copy)
-    assert shown["RIDFR_LoadFaceModel"].splitlines()[2] == "for photos"
+    assert shown["RIDFR_LoadFaceModel"].splitlines()[0] == "for photos"
 
 
 def test_a_changed_file_is_noticed(nodes, pack, copy, monkeypatch):
@@ -177,7 +177,7 @@ def test_what_is_kept_of_a_clip_goes_with_it(nodes, pack):
 
 
 def test_nano_on_a_photograph_says_so(nodes, face_model, monkeypatch, shown):
-    """Of a face that is too large for a portrait of 128 pixels, or that the detector is not sure of."""
+    """Of a face that is too large for a portrait of 128 pixels, or, in a good photo, that the detector is not sure of."""
     detector = type(face_model.model.detector)
     detect = detector.detect
     photos = portraits(nodes, 2)
@@ -193,6 +193,12 @@ def test_nano_on_a_photograph_says_so(nodes, face_model, monkeypatch, shown):
     assert report.splitlines()[2].endswith("this does not look like one: reference image 1, reference image 2; for "
                                            "photographs load buffalo_l or another insightface pack.")
     assert shown["RIDFR_ExtractIdentity"] == report
+    assert "photographs" not in nodes["RIDFR_CompareIdentity"].execute(face_model, photos, photos[:1])[1]
+
+    def large(self, image):
+        return [replace(face, box=torch.tensor([0.0, 0.0, 128.0, 128.0])) for face in detect(self, image)]
+
+    monkeypatch.setattr(detector, "detect", large)
     said = nodes["RIDFR_CompareIdentity"].execute(face_model, photos, photos[:1])[1]
     assert "image 1, image 2, image to compare with 1; for photographs" in said
     said = nodes["RIDFR_IdentityReport"].execute(face_model, identity, photos)[1]
