@@ -173,7 +173,8 @@ def test_start_and_end_are_the_schedules_of_the_model_that_runs(sample, nano, ap
     assert torch.equal(sample(before, nano.prompt, steps=6), sample(after, nano.prompt, steps=6))
 
 
-@pytest.mark.parametrize("end, said", [(0.2, "does nothing in this run: its steps lie between 0.3"), (0.6, "acts in 3 of 7 steps")])
+@pytest.mark.parametrize("end, said", [(0.2, "does nothing in this run: its steps lie between 0.3"),
+                                       (0.6, "acts in 3 of 7 steps")])
 def test_a_part_that_a_run_never_meets_is_told(nano, apply, identity, shown, end, said):
     from nodes import common_ksampler
 

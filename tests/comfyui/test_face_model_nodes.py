@@ -177,7 +177,7 @@ def test_what_is_kept_of_a_clip_goes_with_it(nodes, pack):
 
 
 def test_nano_on_a_photograph_says_so(nodes, face_model, monkeypatch, shown):
-    """Of a face that is too large for a portrait of 128 pixels, or, in a good photo, that the detector is not sure of."""
+    """Of a face too large for a portrait of 128 pixels, or, in a good photo, one that the detector is not sure of."""
     detector = type(face_model.model.detector)
     detect = detector.detect
     photos = portraits(nodes, 2)
