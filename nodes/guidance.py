@@ -154,8 +154,8 @@ class IDPreservingSampling(io.ComfyNode):
                     min=0,
                     max=100,
                     tooltip="At the first guided step, and again after so many, the face is looked for in the picture "
-                    "that is taking shape: in a very degraded photo its place is only a guess. Costs a decoding, "
-                    "and a search on the processor, each time. 0: never.",
+                    "that is taking shape: in a very degraded photo its place is only a guess. Each time costs "
+                    "a decoding and a search. 0: never.",
                 ),
             ],
             outputs=[

@@ -130,9 +130,9 @@ class ColorFix(io.ComfyNode):
     def execute(
         cls, image: Tensor, color_from: Tensor, method: str, levels: int, chroma: str = "auto"
     ) -> io.NodeOutput:
-        image, color_from = same_batch(image, color_from, "The restored image", "the image with the colours")
         content = to_core(image)
         style = fit_to(to_core(color_from), content.shape[-2:], "The image with the colours", "the restored one")
+        content, style = same_batch(content, style, "The restored image", "the image with the colours")
         return io.NodeOutput(to_comfy(fix_colors(content, style, method, chroma, levels)))
 
 

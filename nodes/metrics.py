@@ -64,13 +64,12 @@ class ImageQuality(io.ComfyNode):
     def execute(
         cls, image: Tensor, truth: Tensor, perceptual: bool = False, face_model: ManagedFaceModel | None = None
     ) -> io.NodeOutput:
-        given = len(image), len(truth)
-        image, truth = same_batch(image, truth, "The first input", "the truth")
-        images = to_core(image)
-        truths = fit_to(to_core(truth), images.shape[-2:], "The truth", "the picture to judge")
+        pictures = to_core(image)
+        wanted = fit_to(to_core(truth), pictures.shape[-2:], "The truth", "the picture to judge")
+        images, truths = same_batch(pictures, wanted, "The first input", "the truth")
         found = {"PSNR": psnr(images, truths).clamp(max=EQUAL).tolist(), "SSIM": ssim(images, truths).tolist()}
         if face_model is not None:
-            found["LMD"] = landmark_distances(face_model, images[: given[0]], truths[: given[1]])
+            found["LMD"] = landmark_distances(face_model, pictures, wanted)
         lines = [measure_line(name, values) for name, values in found.items()]
         if perceptual:
             lines += perceptual_lines(images, truths)

@@ -31,7 +31,10 @@ def estimate_degradation(images: Tensor) -> Tensor:
     strong (more than about 20 of 255), JPEG blocks alone hardly count, and a dark picture (below a tenth of full
     exposure) that was enlarged after its rounding counts as sharper than it is.
     """
-    images = images.float()
+    return torch.cat([_estimate(one.float()) for one in images.split(1)])  # one by one: that bounds the memory
+
+
+def _estimate(images: Tensor) -> Tensor:
     luminance = _luminance(images)
     finest, second, _, coarsest = _octaves(luminance)
     grain = 4 * (_grain(finest) + _grain(second))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ridfr_core.degradation import degrade
 from ridfr_core.nano.portraits import SPLITS, render
@@ -54,6 +55,21 @@ def test_size_and_brightness_do_not_matter(faces):
 def test_each_image_is_judged_alone(faces):
     together = estimate_degradation(faces)
     torch.testing.assert_close(together, torch.cat([estimate_degradation(face[None]) for face in faces]))
+
+
+def test_memory_does_not_grow_with_the_batch():
+    made = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            return out
+
+    images = torch.rand(4, 3, 256, 256)
+    with Sizes():
+        estimate_degradation(images)
+    assert max(made) <= images[0].numel()
 
 
 def test_a_plain_area_is_a_ruin():

@@ -365,3 +365,42 @@ def test_conditioning_is_left_as_it_was(apply, identity, prompts):
     guided(guider)
     after = [cond["model_conds"] for conds in guider.original_conds.values() for cond in conds]
     assert before == after
+
+
+def time_ranges(positive, negative):
+    import node_helpers
+
+    parts = [
+        node_helpers.conditioning_set_values(positive, {"start_percent": start, "end_percent": end})
+        for start, end in ((0.0, 0.5), (0.5, 1.0))
+    ]
+    return parts[0] + parts[1], negative
+
+
+def hooks(positive, negative):
+    import comfy.hooks
+
+    return comfy.hooks.set_hooks_for_conditioning(positive, comfy.hooks.create_hook_lora({}, 1.0, 1.0)), negative
+
+
+def default_elsewhere(positive, negative):
+    import comfy.hooks
+
+    mask = torch.zeros(1, 128, 128)
+    mask[..., :64] = 1
+    here = comfy.hooks.set_mask_for_conditioning(positive, mask, "default", 1.0)
+    return comfy.hooks.set_default_conds_and_combine([here], [positive])[0], negative
+
+
+def twice_as_long(positive, negative):
+    """ComfyUI repeats the shorter prompt, and predicts both at once."""
+    return positive, [[negative[0][0].repeat(1, 2, 1), negative[0][1]]]
+
+
+@pytest.mark.parametrize("said", [time_ranges, hooks, default_elsewhere, twice_as_long])
+def test_the_same_prompts_said_otherwise(apply, identity, prompts, sample, said):
+    model = apply(identity)
+    positive, negative = prompts["positive"], prompts["negative"]
+    plain = sample(model, positive, negative, cfg=2.0, sampler="euler")
+    other = sample(model, *said(positive, negative), cfg=2.0, sampler="euler")
+    torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-3)

@@ -130,3 +130,14 @@ def test_degrading_small_and_long_pictures(nodes):
         assert degraded.shape[1:3] == size and torch.isfinite(degraded).all()
     said = wrong(nodes["RIDFR_DegradeFace"], image=torch.rand(1, 1, 40, 3), seed=1, **BOUNDS)
     assert "40x1 pixels, too small to degrade" in said
+
+
+def test_one_picture_for_all_is_resized_once(nodes, pack, monkeypatch):
+    module, batches = pack.nodes.images, []
+    fit = module.fit_to
+    monkeypatch.setattr(module, "fit_to", lambda images, *args: batches.append(len(images)) or fit(images, *args))
+    restored, degraded = torch.rand(3, 64, 64, 3), torch.rand(1, 32, 32, 3)
+    together = nodes["RIDFR_ColorFix"].execute(restored, degraded, "wavelet", 5)[0]
+    assert batches == [1]
+    for one, alone in zip(together, restored):
+        torch.testing.assert_close(one[None], nodes["RIDFR_ColorFix"].execute(alone[None], degraded, "wavelet", 5)[0])
