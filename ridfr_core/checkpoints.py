@@ -182,10 +182,23 @@ def brief(text: str, longest: int = 80) -> str:
 def write(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all. Raises CheckpointError if it cannot be written."""
     path = Path(path)
-    own = {key: weight.clone(memory_format=torch.contiguous_format) for key, weight in state_dict.items()}
-    write_whole(path, lambda partial: save_file(own, partial, dict(metadata or {})),  # it refuses shared memory
+    own = _apart(state_dict)
+    write_whole(path, lambda partial: save_file(own, partial, dict(metadata or {})),
                 lambda why: unwritable(path, why),
                 (OSError, SafetensorError, ValueError))  # the last: a name that is not text
+
+
+def _apart(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as safetensors wants them; only those that are not so are copied."""
+    own: dict[str, Tensor] = {}
+    taken = set()
+    for key, tensor in state_dict.items():
+        tensor = tensor.contiguous()
+        if (place := tensor.untyped_storage().data_ptr()) in taken:
+            tensor = tensor.clone()
+        taken.add(place)
+        own[key] = tensor
+    return own
 
 
 def unwritable(path: Path, why: str) -> CheckpointError:
