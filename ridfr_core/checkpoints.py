@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import RidfrError
+from .errors import RidfrError, in_one_line
 from .files import write_whole
 
 KINDS = {
@@ -88,6 +88,9 @@ def _read_safetensors(path: Path, device: str) -> tuple[dict[str, Tensor], dict[
             else:
                 tensors = {key: file.get_tensor(key) for key in keys}
             return tensors, file.metadata() or {}
+    except OSError as error:  # the file may be whole: Windows says that its paging file is too small
+        why = in_one_line(error)
+        raise CheckpointError(f"'{path.name}' cannot be read ({why}): check the disk and the free memory.") from error
     except Exception as error:  # SafetensorError, and what torch makes of impossible shapes
         raise _damaged(path) from error
 
