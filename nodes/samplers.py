@@ -122,7 +122,7 @@ class LQStartNoise(io.ComfyNode):
             node_id="RIDFR_LQStartNoise",
             display_name="LQ Start Noise",
             category=types.CATEGORY,
-            description="The start of FaceMe: the degraded face drowned in noise, instead of noise alone. "
+            description="The start of FaceMe: the degraded face under strong noise, instead of noise alone. "
             "For the stock node Sampler Custom with 'add_noise' off. KSampler with the degraded face's latent does "
             "something else: it adds the noise of its first time, 981, where FaceMe adds that of the last, 999, in "
             "which the face is a tenth fainter. (FaceMe draws the latent at random around what VAE Encode gives.)",

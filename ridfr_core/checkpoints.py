@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import RidfrError
+from .errors import RidfrError, in_one_line
 from .files import write_whole
 
 KINDS = {
@@ -88,6 +88,9 @@ def _read_safetensors(path: Path, device: str) -> tuple[dict[str, Tensor], dict[
             else:
                 tensors = {key: file.get_tensor(key) for key in keys}
             return tensors, file.metadata() or {}
+    except OSError as error:  # the file may be whole: Windows says that its paging file is too small
+        why = in_one_line(error)
+        raise CheckpointError(f"'{path.name}' cannot be read ({why}): check the disk and the free memory.") from error
     except Exception as error:  # SafetensorError, and what torch makes of impossible shapes
         raise _damaged(path) from error
 
@@ -182,10 +185,23 @@ def brief(text: str, longest: int = 80) -> str:
 def write(state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all. Raises CheckpointError if it cannot be written."""
     path = Path(path)
-    own = {key: weight.clone(memory_format=torch.contiguous_format) for key, weight in state_dict.items()}
-    write_whole(path, lambda partial: save_file(own, partial, dict(metadata or {})),  # it refuses shared memory
+    own = _apart(state_dict)
+    write_whole(path, lambda partial: save_file(own, partial, dict(metadata or {})),
                 lambda why: unwritable(path, why),
                 (OSError, SafetensorError, ValueError))  # the last: a name that is not text
+
+
+def _apart(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as safetensors wants them; only those that are not so are copied."""
+    own: dict[str, Tensor] = {}
+    taken = set()
+    for key, tensor in state_dict.items():
+        tensor = tensor.contiguous()
+        if (place := tensor.untyped_storage().data_ptr()) in taken:
+            tensor = tensor.clone()
+        taken.add(place)
+        own[key] = tensor
+    return own
 
 
 def unwritable(path: Path, why: str) -> CheckpointError:

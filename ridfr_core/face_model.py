@@ -128,14 +128,14 @@ def face_model_files(folder: Path) -> list[Path]:
 
 def digest_of(path: Path) -> str:
     """SHA-256 of a recogniser's ONNX file, which its converted copy names too."""
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         return sha256(path)
     return checkpoints.read(path, "meta")[1].get(SOURCE_DIGEST) or sha256(path)
 
 
 def role_of(path: Path) -> str:
     """"detector", "recogniser" or "other", told by the model's inputs and outputs as insightface does."""
-    if path.suffix != ".onnx":
+    if path.suffix.lower() != ".onnx":
         return "recogniser" if checkpoints.kind_of(checkpoints.read(path, "meta")[0]) == "recogniser" else "other"
     graph = read_graph(path, weights=False)
     inputs, outputs = list(graph.inputs.values()), list(graph.outputs.values())

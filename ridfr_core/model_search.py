@@ -46,7 +46,7 @@ def recognise(path: Path) -> Contents:
 def _recognised(path: Path, size: int, _: int) -> Contents:
     if not size:
         raise checkpoints.CheckpointError(f"'{path.name}' is empty (0 bytes): download it again.")
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         return Contents(role_of(path))
     with path.open("rb") as file:
         if size > WHOLE and file.read(1) == b"\x80":
@@ -122,8 +122,8 @@ def elsewhere(model: KnownModel, folders: Folders) -> Path | None:
     searched = [root for name, roots in folders.items() if name != "output" for root in roots]
     paths = [path for root in searched for path in weight_files(root)]
     named = next((path for path in paths if path.name == model.name), None)
-    telling = model.kind in HOMES
-    return named or next((path for path in paths if telling and path.suffix != ".onnx" and fits(model, path)), None)
+    tensors = [path for path in paths if path.suffix.lower() != ".onnx"] if model.kind in HOMES else []
+    return named or next((path for path in tensors if fits(model, path)), None)
 
 
 def strays(name: str, folders: Folders) -> Iterator[tuple[Path, str]]:

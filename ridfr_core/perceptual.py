@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .errors import first_line
+
 # name in the papers -> name in pyiqa
 METRICS = {"LPIPS": "lpips", "MUSIQ": "musiq", "MANIQA": "maniqa", "CLIP-IQA": "clipiqa", "HyperIQA": "hyperiqa",
            "PI": "pi", "FID": "fid"}
@@ -40,16 +42,17 @@ def load(name: str, device: torch.device | str = "cpu") -> nn.Module:
         import pyiqa
 
         missing = missing_weights(name)
-    except ImportError as error:
-        raise MetricAbsent(f"pyiqa cannot be imported ({error}): `pip install -e '.[evaluate]'` in the pack's folder"
-                           ) from error
+    except Exception as error:  # a broken package may raise anything
+        raise MetricAbsent(f"pyiqa cannot be imported ({first_line(error)}): `pip install -e '.[evaluate]'` in the "
+                           "pack's folder") from error
     if missing:
         raise MetricAbsent(f"its weights are not on this disk ({', '.join(missing)}): run `pyiqa {name} --target IMAGE`"
                            " once where it may download them")
     try:
         return pyiqa.create_metric(name, device=device)
     except Exception as error:  # pyiqa checks nothing of a weight file
-        raise MetricAbsent(f"its weights cannot be loaded ({error}): remove them and get them again") from error
+        raise MetricAbsent(f"its weights cannot be loaded ({first_line(error)}): remove them and get them again"
+                           ) from error
 
 
 def missing_weights(name: str) -> list[str]:

@@ -140,7 +140,7 @@ def load_recogniser(path: str | Path, operations: ModuleType | type = nn, bgr: b
     Raises FaceModelError, CheckpointError as of `load_iresnet`, FaceModelError where nothing runs it.
     """
     path = Path(path)
-    if path.suffix != ".onnx":
+    if path.suffix.lower() != ".onnx":
         net = load_iresnet(path, operations)
     else:
         graph = read_graph(path)
@@ -161,7 +161,7 @@ def load_iresnet(path: str | Path, operations: ModuleType | type = nn) -> IResNe
     safetensors file is damaged or incomplete.
     """
     path = Path(path)
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         return _iresnet(*read_iresnet(read_graph(path)), path.name, operations)
     state, _ = checkpoints.read(path)
     checkpoints.expect(state, "recogniser", path.name)

@@ -107,14 +107,24 @@ def test_a_program_is_refused(tmp_path):
     assert_refused(tmp_path / "x.pt", "holds more than weights")
 
 
+def test_a_whole_file_that_the_system_cannot_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError("The paging file is too small for this operation to complete. (os error 1455)")
+
+    save_file(WEIGHTS, tmp_path / "x.safetensors")
+    monkeypatch.setattr("ridfr_core.checkpoints.safe_open", fails)
+    assert_refused(tmp_path / "x.safetensors", "cannot be read (The paging file is too small")
+
+
 # What is no ordinary file
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes and devices are Unix's")
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (Path.mkdir, "is a folder"),
-        (os.mkfifo, "is not a file"),  # opening it would wait for a writer
+        (lambda path: os.mkfifo(path), "is not a file"),  # opening it would wait for a writer
         (lambda path: path.symlink_to("/dev/zero"), "is not a file"),  # reading it would never end
         (lambda path: path.symlink_to(path.with_name("none")), "does not exist"),
     ],

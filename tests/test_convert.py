@@ -1,14 +1,13 @@
 """`ridfr convert` for weights; tests/test_face_model.py has it for recognisers."""
 
 import os
-import resource
 import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ridfr_core import cli
+from ridfr_core import checkpoints, cli
 
 STATE = {
     "image_proj": {"latents": torch.rand(1, 2, 3), "proj_in.weight": torch.rand(3, 4)},
@@ -36,6 +35,15 @@ def test_shared_tensors_are_written_apart(tmp_path):
     convert(tmp_path / "x.pth", tmp_path / "y.safetensors")
     state = load_file(tmp_path / "y.safetensors")
     assert torch.equal(state["b.weight"], weight) and torch.equal(state["c.weight"], weight.T)
+
+
+def test_what_shares_no_memory_is_not_copied_to_be_written():
+    """Weights have gigabytes."""
+    weight, other = torch.rand(4, 4), torch.rand(2)
+    apart = checkpoints._apart({"a": weight, "b": other, "c": weight[:2], "d": weight.T})
+    assert apart["a"] is weight and apart["b"] is other
+    assert len({tensor.untyped_storage().data_ptr() for tensor in apart.values()}) == 4
+    assert torch.equal(apart["c"], weight[:2]) and torch.equal(apart["d"], weight.T)
 
 
 def not_there(folder):
@@ -120,7 +128,7 @@ def here(folder):
         (text, "neither safetensors nor a PyTorch file"),
         (damaged_onnx, "a.onnx cannot be read as ONNX"),
         (no_folder, "cannot be written"),
-        (pipe, "is not a file"),
+        pytest.param(pipe, "is not a file", marks=pytest.mark.skipif(os.name == "nt", reason="pipes are Unix's")),
         (a_folder, "is a folder"),
         (broken_link, "is there already"),
         (nan, "holds NaN or infinite numbers in a,"),
@@ -148,6 +156,7 @@ def test_what_cannot_be_converted(tmp_path, capsys, make, words):
 
 def test_a_full_disk(tmp_path, capsys):
     """Stood in for by a limit to the size of files. Nothing half-written stays."""
+    resource = pytest.importorskip("resource")
     torch.save({"a": torch.rand(100_000)}, tmp_path / "a.bin")
     before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))

@@ -201,7 +201,7 @@ def test_only_squares_are_restored_and_only_like_shapes_compared(data, tmp_path)
     tasks, unusable = find_tasks(data, 1, EVERYWHERE)
     assert [task.truth and task.truth.name for task in tasks] == [None, "0.png", None]
     assert unusable == {data / "0000" / "gt" / "0.png":
-                        "it is longer or wider than the degraded face, so it is not compared"}
+                        "its shape is not that of the degraded face, so it is not compared"}
     assert [task.lq.name for task in only_square(tasks, unusable)] == ["0.png", "0.png"]
     assert unusable[data / "0001" / "lq" / "1.png"] == "it has 128x100 pixels, but must be a square"
     with pytest.raises(EvaluationError, match="No degraded face is a square"):

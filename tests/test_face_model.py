@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from insightface.app import FaceAnalysis
 
 from ridfr_core import cli
-from ridfr_core.face_model import load_face_model, role_of
+from ridfr_core.face_model import digest_of, load_face_model, role_of
 from ridfr_core.faces import align
 from ridfr_core.nano import WEIGHTS
 from ridfr_core.nano.portraits import SPLITS, render
@@ -175,6 +175,14 @@ def test_files_are_told_by_their_shapes(tmp_path):
     assert network("genderage.onnx", 96, 3) == network("landmarks.onnx", 192, 212) == "other"
     assert network("emotion.onnx", 112, 7) == "other" and network("narrow.onnx", 112, 128) == "recogniser"
     assert role_of(NANO / "det_nano.onnx") == "detector" and role_of(NANO / "rec_nano.onnx") == "recogniser"
+
+
+def test_a_files_ending_may_be_in_capitals(tmp_path):
+    """Windows finds X.ONNX where *.onnx is looked for."""
+    path = tmp_path / "REC.ONNX"
+    shutil.copy(NANO / "rec_nano.onnx", path)
+    assert role_of(path) == "recogniser" and digest_of(path) == digest_of(NANO / "rec_nano.onnx")
+    assert load_recogniser(path).state_dict().keys() == load_recogniser(NANO / "rec_nano.onnx").state_dict().keys()
 
 
 def test_an_output_of_unknown_width_is_tried_out(tmp_path):

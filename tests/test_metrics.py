@@ -104,6 +104,15 @@ def test_a_metric_with_its_weights_is_loaded(pyiqa, tmp_path):
     assert pyiqa == ["lpips"]
 
 
+def test_a_broken_pyiqa_is_absent(monkeypatch, tmp_path):
+    """A package of its own beside it may be too new: then anything may be raised, in many lines."""
+    (tmp_path / "pyiqa.py").write_text("raise AttributeError('no such thing\\nin another package')")
+    monkeypatch.delitem(sys.modules, "pyiqa", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(perceptual.MetricAbsent, match="^pyiqa cannot be imported .no such thing.: `pip install"):
+        perceptual.load("LPIPS")
+
+
 def test_without_pyiqa_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(perceptual.MetricAbsent, match=r"pip install -e '\.\[evaluate\]'"):

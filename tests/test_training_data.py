@@ -399,6 +399,6 @@ def test_photos_in_no_folder_are_left_out_where_people_matter(tmp_path):
     said, flat = [], ("1.png", "2.png")
     both = material._of_people(Photos(tmp_path, (*flat, "anna/1.png"), ("",) * 3, 64), said.append)
     assert both.people == {"anna": [0]}
-    assert said == ["2 photos are left out, for they lie in no person's folder: 1.png, 2.png."]
+    assert said == ["2 photos are left out, since they are not in a person's folder: 1.png, 2.png."]
     with pytest.raises(TrainingError, match="put each person's photos into a folder of their own"):
         material._of_people(Photos(tmp_path, flat, ("",) * 2, 64), print)

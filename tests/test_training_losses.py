@@ -161,5 +161,5 @@ def test_merging_a_lora_adds_its_product_to_the_layer_that_it_names():
                        lora[f"diffusion_model.{places[name]}.{name}.lora_{side}.weight"]
                        for name in weights for side in ("up", "down")}, 0.5)
     assert all(torch.equal(again.state_dict()[key], unet.state_dict()[key]) for key in weights.values())
-    with pytest.raises(CheckpointError, match="The adapter's LoRA has 'lora_unet_mid.alpha', which the base has not"):
+    with pytest.raises(CheckpointError, match="LoRA has 'lora_unet_mid.alpha', which the base does not have"):
         merge_lora(unet, {"lora_unet_mid.alpha": torch.ones(())}, 0.5)

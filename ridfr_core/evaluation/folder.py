@@ -123,7 +123,7 @@ def readable(folder: Path, unusable: dict[Path, str]) -> list[Path]:
 def fitting(lq: Path, truth: Path | None, unusable: dict[Path, str]) -> Path | None:
     """The truth, if it has the shape of the LQ face; else it cannot be compared."""
     if truth is not None and not alike(shape_of(lq), shape_of(truth)):
-        unusable[truth] = "it is longer or wider than the degraded face, so it is not compared"
+        unusable[truth] = "its shape is not that of the degraded face, so it is not compared"
         return None
     return truth
 
@@ -136,8 +136,8 @@ def only_square(tasks: list[Task], unusable: dict[Path, str]) -> list[Task]:
             unusable[lq] = f"it has {width}x{height} pixels, but must be a square"
     if square := [task for task in tasks if task.lq not in unusable]:
         return square
-    raise EvaluationError(f"No degraded face is a square, the first, '{tasks[0].lq}', neither: crop each to a square "
-                          "from above the hair to below the chin.")
+    raise EvaluationError(f"No degraded face is a square ('{tasks[0].lq}', for example, is not): crop each to a "
+                          "square from above the hair to below the chin.")
 
 
 def shape_of(path: Path) -> tuple[int, int]:

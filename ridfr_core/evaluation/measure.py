@@ -107,7 +107,7 @@ def check_judge(judge: FaceModel, conditions: FaceModel) -> None:
     """Raises EvaluationError if the judge is the recogniser that the restoration was told by."""
     if judge.digest == conditions.digest:
         raise EvaluationError(f"The judge {judge.name} has the same recogniser file as {conditions.name}, which "
-                              "conditions: it would praise what it asked for. Give another with --judge.")
+                              "conditions: it would judge its own work. Give another with --judge.")
 
 
 def variance(rows: list[Row]) -> float | None:

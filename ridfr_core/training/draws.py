@@ -50,7 +50,7 @@ class Draws(Dataset):
         return draw
 
     def _photo(self, n: int) -> tuple[int, Tensor]:
-        """The row of draw n and its photo; where that has gone bad in mid-run, the next draw's."""
+        """The row of draw n and its photo; if it can no longer be read, the next draw's."""
         for other in range(n, n + len(self.rows)):
             row = self.row(other)
             try:

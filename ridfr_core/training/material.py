@@ -54,10 +54,10 @@ def usable_photos(settings: Settings, say: Say) -> Photos:
 def _of_people(photos: Photos, say: Say) -> Photos:
     rows = [row for row, name in enumerate(photos.names) if "/" in name]
     if not rows:
-        raise TrainingError(f"The photos lie in '{photos.folder}' itself, but this stage must know who is who: put "
-                            "each person's photos into a folder of their own.")
+        raise TrainingError(f"The photos lie in '{photos.folder}' itself, but this stage needs to know whose they are: "
+                            "put each person's photos into a folder of their own.")
     if loose := [name for name in photos.names if "/" not in name]:
-        say(f"{len(loose)} photos are left out, for they lie in no person's folder: {some(loose)}.")
+        say(f"{len(loose)} photos are left out, since they are not in a person's folder: {some(loose)}.")
     return photos.only(rows)
 
 

@@ -119,8 +119,8 @@ def merge_lora(unet: nn.Module, lora: dict[str, Tensor], strength: float) -> Non
         else:
             key = weights.get(name.replace(".lora_down.weight", ".weight"))
         if key not in parameters:
-            raise CheckpointError(f"The adapter's LoRA has '{name}', which the base has not: use the adapter and the "
-                                  "LoRA that were made for it.")
+            raise CheckpointError(f"The adapter's LoRA has '{name}', which the base does not have: use the adapter "
+                                  "and the LoRA that were made for it.")
         up = lora.get(name.removesuffix("down.weight") + "up.weight")
         if up is None or up.ndim != 2 or down.ndim != 2 or parameters[key].shape != (len(up), down.shape[1]) \
                 or up.shape[1] != len(down):

@@ -39,7 +39,7 @@ class Photos:
     def image(self, row: int) -> Tensor:
         """[3,R,R] in [0,1]: the photo's central square, scaled to the resolution.
 
-        Raises TrainingError if the file has gone bad since it was looked at.
+        Raises TrainingError if the file can no longer be used.
         """
         try:
             return load_photo(self.folder / self.names[row], self.resolution)

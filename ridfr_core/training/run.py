@@ -156,7 +156,7 @@ def export(stage: nn.Module, path: Path, history: dict[str, str]) -> None:
     tensors = {key: tensor.detach().half().contiguous().cpu() for key, tensor in tensors.items()}
     if wrong := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise TrainingError(f"'{path}' is not written, since {wrong[0]} has values that half precision cannot hold: "
-                            "the training has come apart; train again with a lower lr.")
+                            "the training has diverged. Train again with a lower lr.")
     write_whole(path, lambda partial: save_file(tensors, partial, metadata))
 
 
