@@ -65,7 +65,7 @@ def _check_size(path: Path, width: int, height: int) -> None:
 def _in_rgb(path: Path, image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow would cut these off at 255
         return Image.fromarray(_grey(path, image)).convert("RGB")
-    if image.has_transparency_data:
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 

@@ -46,7 +46,7 @@ def test_a_word_that_is_not_an_option(refused, value):
         (None, "nothing arrived"),
         ("a photo", "another kind (str)"),
         ({"samples": PHOTO}, "another kind (dict)"),
-        (PHOTO[:0], "at least one picture"),
+        (PHOTO[:0], "is empty"),
         (PHOTO[0], "batch x height x width"),
         (PHOTO.movedim(-1, 1), "batch x height x width"),
         (PHOTO[..., :2], "colours"),
