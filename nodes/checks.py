@@ -121,7 +121,7 @@ def _tensor(value, kind: str, what: str) -> Tensor:
     if not value.is_floating_point():
         raise refused(what, f"has values of the type {value.dtype}", f"{kind} has fractions, 0 to 1 in pictures", MAKER)
     if value.numel() == 0:
-        raise refused(what, f"is empty, of the size {_size(value)}", f"{kind} has something in it", MAKER)
+        raise refused(what, f"is empty (its size is {_size(value)})", f"{kind} is expected", MAKER)
     low, high = _span(value if value.itemsize > 1 else value.float())
     finite = low.isfinite() & high.isfinite()
     if not finite.all():
