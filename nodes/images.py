@@ -108,8 +108,8 @@ class ColorFix(io.ComfyNode):
                     default=5,
                     min=1,
                     max=8,
-                    tooltip="For 'wavelet': how coarse the colours are that are taken. More levels leave more of "
-                    "the restored picture as it is.",
+                    tooltip="For 'wavelet': 1 takes even small spots of colour from the degraded picture, 8 only the "
+                    "overall colour of large areas. More levels leave more of the restored picture as it is.",
                 ),
                 io.Combo.Input(
                     "chroma",

@@ -6,7 +6,7 @@ from torch import Tensor
 
 START = (
     "Where in the model's whole noise schedule {what} sets in, as in Apply ControlNet: 0 is pure noise, 1 the finished "
-    "picture. A sampler with denoise 0.7 begins at about 0.3, so anything up to there means its first step."
+    "picture. A sampler with denoise 0.7 begins at about 0.3, so all values up to that mean its first step."
 )
 END = (
     "Where in the model's whole noise schedule {what} stops, as in Apply ControlNet: 0 is pure noise, 1 the finished "
