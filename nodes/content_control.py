@@ -41,9 +41,9 @@ class ContentNet(comfy.cldm.cldm.ControlNet):
     def forward(
         self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None, **kwargs
     ) -> dict[str, list[Tensor]]:
-        """Residuals for the UNet's skips and middle. Raises ValueError if the prompts [B,T,D] have another width."""
+        """Residuals for the UNet's skips and middle. Raises RidfrError if the prompts [B,T,D] have another width."""
         if context.shape[-1] != self.context_dim:
-            raise ValueError(
+            raise RidfrError(
                 f"The content ControlNet '{self.name}' is for {NAMES[self.spec.base]} and reads prompts of width "
                 f"{self.context_dim}, but the model's have width {context.shape[-1]}: load one that was made for this "
                 "model, or the model that it was made for."

@@ -83,7 +83,7 @@ def reference_faces(face_model: FaceModel, images: Iterable[Tensor], what: str =
 
 def _one_face(faces: list[Face], what: str, face_model: FaceModel) -> Face:
     if not faces:
-        hint = f" ({face_model.name} finds drawn ones only)" if face_model.drawn else ""
+        hint = f" ({face_model.name} finds only drawn faces)" if face_model.drawn else ""
         raise IdentityError(
             f"No face was found in {what}{hint}: use a sharper photo of the face, upright and unobstructed."
         )

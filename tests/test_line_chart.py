@@ -13,6 +13,11 @@ def coloured(chart, colour):
     return x + left - 4, y + top - 4
 
 
+def nothing_at_the_edge(chart):
+    pixels = np.asarray(chart)
+    return all((edge == 255).all() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+
+
 def test_points_lie_at_their_values():
     chart = line_chart({"a": [(5, 0.2), (10, 0.4)], "b": [(5, 0.3)], "none": []}, "title", "step", "similarity", 20)
     assert chart.size == SIZE
@@ -27,11 +32,12 @@ def test_points_lie_at_their_values():
 
 @pytest.mark.parametrize("lines", [{}, {"a": []}, {"a": [(1, 0.5)]}, {"a": [(1, float("nan")), (2, -0.31)]}])
 def test_little_to_draw(lines):
-    line_chart(lines, "", "", "", 1)
+    assert line_chart(lines, "", "", "", 1).size == SIZE
 
 
 def test_many_lines_leave_the_picture_whole():
-    line_chart({f"picture {i}": [(0, i / 64), (1, 0)] for i in range(64)}, "", "", "", 1)
+    picture = line_chart({f"picture {i}": [(0, i / 64), (1, 0)] for i in range(64)}, "", "", "", 1)
+    assert picture.size == SIZE and nothing_at_the_edge(picture)
 
 
 @pytest.mark.parametrize("values, marks", [
@@ -60,4 +66,5 @@ def test_whatever_is_drawn_has_few_marks_and_takes_no_time(a, b):
 
 
 def test_thousands_of_lines():
-    line_chart({f"picture {i}": [(0, i / 64), (1, 0)] for i in range(5000)}, "", "", "", 1)
+    picture = line_chart({f"picture {i}": [(0, i / 64), (1, 0)] for i in range(5000)}, "", "", "", 1)
+    assert picture.size == SIZE and nothing_at_the_edge(picture)
